@@ -1,0 +1,27 @@
+"""From a captured graph to an ONNX file, and the proof that ONNX Runtime computes the same."""
+
+from __future__ import annotations
+
+from fxopt.export.emitter import Emitter, Value
+from fxopt.export.files import OnnxFile
+from fxopt.export.registry import NotTranslated, translates
+from fxopt.export.report import OutputResult, ValidationReport
+from fxopt.export.session import Session, optimized_model
+from fxopt.export.to_onnx import to_onnx
+from fxopt.export.translate import translate
+from fxopt.export.validate import validate
+
+__all__ = [
+    "Emitter",
+    "NotTranslated",
+    "OnnxFile",
+    "OutputResult",
+    "Session",
+    "ValidationReport",
+    "Value",
+    "optimized_model",
+    "to_onnx",
+    "translate",
+    "translates",
+    "validate",
+]

@@ -1,0 +1,155 @@
+"""``to_onnx``: translate, write, prove. A file appears only when all three succeeded."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt import args
+from fxopt.capture import capture
+from fxopt.contracts import Contract
+from fxopt.errors import ExportError, describe
+from fxopt.export.files import ExternalData, OnnxFile, check_target
+from fxopt.export.translate import translate
+from fxopt.export.validate import ValidationReport, validate_file
+from fxopt.graph_module import CapturedModule, graph_modules
+
+__all__ = ["DEFAULT_OPSET", "OPSETS", "to_onnx"]
+
+OPSETS = range(18, 24)
+"""Versions of the ONNX operator set that can be written."""
+DEFAULT_OPSET = 20
+"""The first version with ``Gelu``; ORT's fusions know all operators of it."""
+
+_aten = torch.ops.aten
+# operator: the argument that is true while it acts as in training
+_TRAINING = {
+    _aten.dropout.default: "train",
+    _aten.feature_dropout.default: "train",
+    _aten.alpha_dropout.default: "train",
+    _aten.feature_alpha_dropout.default: "train",
+    _aten.batch_norm.default: "training",
+    _aten.rrelu.default: "training",
+    torch.ops.fxopt.update_buffer.default: "active",
+    torch.ops.fxopt.select_mode.default: "training",
+}
+
+
+def to_onnx(
+    model: torch.nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    opset: int = DEFAULT_OPSET,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    external_data: ExternalData = "auto",
+    validate: bool = True,
+    contract: Contract | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> OnnxFile:
+    """Export a graph to ONNX and prove that ONNX Runtime computes the same.
+
+    Args:
+        model: A captured graph in eval mode; or any module, which is captured with ``example_inputs`` and exported as it
+            is in evaluation.
+        path: Where to write the file; None keeps the model in memory. Weights that do not fit into one file go to
+            ``<path>.data`` beside it.
+        example_inputs: Inputs to capture a plain module with, as for :func:`fxopt.capture`.
+        dynamic_shapes: Dynamic sizes to capture a plain module with, as for :func:`fxopt.capture`.
+        opset: Version of the ONNX operator set, 18 to 23.
+        input_names: Names of the tensor inputs; those of the model's parameters if not given.
+        output_names: Names of the outputs; those of the captured graph if not given.
+        external_data: ``"auto"`` moves the weights to a second file above 2 GB, ``"always"`` and ``"never"`` decide.
+        validate: Compare eager PyTorch with ORT on samples and sizes, with ORT's optimizer off and on.
+        contract: What the file must keep; see :func:`fxopt.export.validate`.
+        metadata: More entries for the model's ``metadata_props``.
+
+    Returns:
+        The model with its path, and the validation report if there is one.
+
+    Raises:
+        ExportError: the graph is in train mode, holds something that ONNX cannot express, or the file cannot be written.
+        NumericsError: ORT computes something else than the graph.
+        CaptureError: a plain module cannot be captured.
+    """
+    started = time.perf_counter()
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} cannot be written; wanted {OPSETS[0]} to {OPSETS[-1]}")
+    target = None if path is None else check_target(path)
+    gm = _as_captured(model, example_inputs, dynamic_shapes)
+    _refuse_training(gm)
+    names = list(output_names) if output_names is not None else list(gm.output_names)
+    ir_model = translate(gm, opset=opset, input_names=input_names, output_names=names, symbol_names=gm.symbol_names)
+    ir_model.producer_version = _version()
+    ir_model.metadata_props.update(_metadata(gm) | dict(metadata or {}))
+    file = OnnxFile(ir_model, seconds=time.perf_counter() - started)
+
+    def prove(written: Path | bytes) -> ValidationReport | None:
+        return validate_file(written, gm, names=names, contract=contract) if validate else None
+
+    return file.written(target, external_data, prove)
+
+
+def _as_captured(model: torch.nn.Module, example_inputs: Any, dynamic_shapes: Any) -> CapturedModule:
+    if isinstance(model, CapturedModule):
+        if example_inputs is not None or dynamic_shapes is not None:
+            raise ExportError("example_inputs and dynamic_shapes belong to a module that is not captured yet")
+        return model
+    if example_inputs is None and not isinstance(model, torch.export.ExportedProgram):
+        raise ExportError(
+            describe(
+                f"a {type(model).__name__} is not a captured graph",
+                try_="pass example_inputs=..., or capture it first: fxopt.capture(model, example_inputs)",
+            )
+        )
+    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    return gm.eval() if gm.training and gm.modes != "train" else gm
+
+
+def _refuse_training(gm: CapturedModule) -> None:
+    """Raise ExportError if some operator acts as in training."""
+    for module in graph_modules(gm):
+        for node in module.graph.nodes:
+            name = _TRAINING.get(node.target)
+            if name is None or args.arg(node, name) is not True or _is_inert(node):
+                continue
+            raise ExportError(
+                describe(
+                    "the graph is in train mode, and an ONNX file only evaluates",
+                    node=f"{node.name} ({node.target})",
+                    source=args.source_line(node) or "unknown",
+                    because=gm.modes_reason or None,
+                    try_="call .eval() on the graph before the export" if gm.modes != "train" else "capture the model again after model.eval()",
+                )
+            )
+
+
+def _is_inert(node: torch.fx.Node) -> bool:
+    """Return whether an operator set to training still computes what it does in evaluation."""
+    if node.target is _aten.batch_norm.default:
+        return args.arg(node, "running_mean") is None  # it always takes the statistics of the batch
+    return "dropout" in str(node.target) and args.arg(node, "p") == 0
+
+
+def _metadata(gm: CapturedModule) -> dict[str, str]:
+    report = gm.report
+    steps = [] if report is None else [step.name for step in report.steps if step.changes]
+    return {
+        "fxopt.version": _version(),
+        "fxopt.passes": ", ".join(steps),
+        "fxopt.contract": "EXACT" if report is None else report.contract,
+        "torch.version": str(torch.__version__),
+    }
+
+
+def _version() -> str:
+    import fxopt
+
+    return fxopt.__version__

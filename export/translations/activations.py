@@ -1,0 +1,157 @@
+"""Activation functions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
+from fxopt.export.registry import Refused, translates
+from fxopt.export.translations.elementwise import out_dtype
+
+aten = torch.ops.aten
+
+
+@translates(aten.gelu.default)
+def gelu(emit: Emitter, x: Value, approximate: str) -> Value:
+    if emit.opset >= 20:
+        return emit("Gelu", x, approximate=approximate)
+    if approximate == "tanh":
+        cubed = emit("Mul", emit("Mul", emit("Mul", x, x), x), 0.044715)
+        inner = emit("Tanh", emit("Mul", emit("Add", x, cubed), math.sqrt(2 / math.pi)))
+    else:
+        inner = emit("Erf", emit("Div", x, math.sqrt(2)))
+    return emit("Mul", emit("Mul", x, emit("Add", inner, 1.0)), 0.5)
+
+
+@translates(aten.silu.default)
+def silu(emit: Emitter, x: Value) -> Value:
+    return emit("Mul", x, emit("Sigmoid", x))
+
+
+@translates(aten.mish.default)
+def mish(emit: Emitter, x: Value) -> Value:
+    return emit("Mul", x, emit("Tanh", emit("Softplus", x)))
+
+
+@translates(aten.hardsigmoid.default)
+def hardsigmoid(emit: Emitter, x: Value) -> Value:
+    return emit("HardSigmoid", x, alpha=1 / 6, beta=0.5)
+
+
+@translates(aten.hardswish.default)
+def hardswish(emit: Emitter, x: Value) -> Value:
+    return emit("Mul", x, hardsigmoid(emit, x))
+
+
+@translates(aten.hardtanh.default)
+def hardtanh(emit: Emitter, x: Value, low: Number, high: Number) -> Value:
+    return emit("Clip", x, low, high)
+
+
+@translates(aten.relu6.default)
+def relu6(emit: Emitter, x: Value) -> Value:
+    return emit("Clip", x, 0, 6)
+
+
+@translates(aten.leaky_relu.default)
+def leaky_relu(emit: Emitter, x: Value, slope: float) -> Value:
+    return emit("LeakyRelu", x, alpha=float(slope))
+
+
+@translates(aten.prelu.default)
+def prelu(emit: Emitter, x: Value, weight: Value) -> Value:
+    slopes = dims(weight)
+    if rank(x) > 1 and slopes and slopes[0] != 1:
+        weight = emit.reshape(weight, (slopes[0], *[1] * (rank(x) - 2)))
+    return emit("PRelu", x, weight)
+
+
+@translates(aten.elu.default)
+def elu(emit: Emitter, x: Value, alpha: float, scale: float, input_scale: float) -> Value:
+    if input_scale != 1:
+        negative = emit("Mul", emit("Sub", emit("Exp", emit("Mul", x, input_scale)), 1.0), alpha * scale)
+        positive = x if scale == 1 else emit("Mul", x, scale)
+        return emit("Where", emit("Greater", x, 0.0), positive, negative)
+    result = emit("Elu", x, alpha=float(alpha))
+    return result if scale == 1 else emit("Mul", result, scale)
+
+
+@translates(aten.selu.default)
+def selu(emit: Emitter, x: Value) -> Value:
+    return emit("Selu", x)
+
+
+@translates(aten.celu.default)
+def celu(emit: Emitter, x: Value, alpha: float) -> Value:
+    return emit("Celu", x, alpha=float(alpha))
+
+
+@translates(aten.softplus.default)
+def softplus(emit: Emitter, x: Value, beta: float, threshold: float) -> Value:
+    scaled = x if beta == 1 else emit("Mul", x, beta)
+    smooth = emit("Softplus", scaled)
+    smooth = smooth if beta == 1 else emit("Div", smooth, beta)
+    if threshold >= 20:  # from there on both sides agree to the last bit of float32
+        return smooth
+    return emit("Where", emit("Greater", scaled, threshold), x, smooth)
+
+
+@translates(aten.log_sigmoid.default)
+def log_sigmoid(emit: Emitter, x: Value) -> Value:
+    return emit("Neg", emit("Softplus", emit("Neg", x)))
+
+
+@translates(aten.softshrink.default)
+def softshrink(emit: Emitter, x: Value, lambd: float) -> Value:
+    return emit("Sub", x, emit("Clip", x, -lambd, lambd))
+
+
+@translates(aten.hardshrink.default)
+def hardshrink(emit: Emitter, x: Value, lambd: float) -> Value:
+    return emit("Where", emit("LessOrEqual", emit("Abs", x), lambd), emit.number(0.0, dtype_of(x)), x)
+
+
+@translates(aten.threshold.default)
+def threshold(emit: Emitter, x: Value, limit: Number, value: Number) -> Value:
+    # Written so that NaN, which compares false, is kept.
+    return emit("Where", emit("LessOrEqual", x, limit), emit.number(value, dtype_of(x)), x)
+
+
+@translates(aten.glu.default)
+def glu(emit: Emitter, x: Value, dim: int) -> Value:
+    first, second = emit.many("Split", x, outputs=2, axis=dim % rank(x), num_outputs=2)
+    return emit("Mul", first, emit("Sigmoid", second))
+
+
+@translates(aten.softmax.int, aten._softmax.default)
+def softmax(emit: Emitter, x: Value, dim: int, _dtype: object) -> Value:
+    return _normalized(emit, "Softmax", x, dim)
+
+
+@translates(aten.log_softmax.int, aten._log_softmax.default)
+def log_softmax(emit: Emitter, x: Value, dim: int, _dtype: object) -> Value:
+    return _normalized(emit, "LogSoftmax", x, dim)
+
+
+def _normalized(emit: Emitter, op_type: str, x: Value, dim: int) -> Value:
+    x = emit.cast(x, out_dtype(emit))
+    if rank(x) == 0:
+        return emit("Reshape", emit(op_type, emit("Reshape", x, [1]), axis=0), [])
+    return emit(op_type, x, axis=dim % rank(x))
+
+
+
+@translates(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+def dropout(emit: Emitter, x: Value, p: float, train: bool) -> Value:
+    if train and p > 0:
+        raise Refused("dropout is active: the graph is in train mode")
+    return x
+
+
+@translates(aten.rrelu.default)
+def rrelu(emit: Emitter, x: Value, lower: float, upper: float, training: bool, generator: object) -> Value:
+    if training:
+        raise Refused("rrelu draws random slopes: the graph is in train mode")
+    return emit("LeakyRelu", x, alpha=(lower + upper) / 2)

@@ -1,0 +1,84 @@
+"""Branches and loops: ``torch.cond`` becomes ``If``, ``while_loop`` becomes ``Loop``; wrappers are inlined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from fxopt.export.dtypes import onnx_dtype
+from fxopt.export.emitter import Emitter, Value
+from fxopt.export.registry import Refused, translates
+from fxopt.export.sizes import as_size
+
+higher_order = torch.ops.higher_order
+Graph = torch.fx.GraphModule
+
+
+@translates(higher_order.cond)
+def cond(emit: Emitter, predicate: Any, when_true: Graph, when_false: Graph, operands: Sequence[Any] = ()) -> Sequence[Value]:
+    """Both branches read what they need from the graph around them."""
+    if isinstance(predicate, bool):
+        return emit.inline(when_true if predicate else when_false, operands)
+    condition = emit.cast(emit.as_value(predicate), torch.bool)
+    branches = {
+        name: emit.body(name, (), lambda graph=graph: emit.inline(graph, operands))  # type: ignore[misc]
+        for name, graph in (("then_branch", when_true), ("else_branch", when_false))
+    }
+    return emit.many("If", condition, outputs=len(branches["then_branch"].outputs), **branches)
+
+
+@translates(higher_order.while_loop)
+def while_loop(emit: Emitter, condition: Graph, body: Graph, carried: Sequence[Any], constants: Sequence[Any] = ()) -> Sequence[Value]:
+    """The condition is computed once before the loop and again at the end of each turn."""
+    start = [emit.as_value(item) for item in carried]
+    (first,) = emit.inline(condition, [*start, *constants])
+    held = [node.meta["val"] for node in body.graph.nodes if node.op == "placeholder"][: len(start)]
+    turn, running = _variable(emit, "turn", ir.DataType.INT64, ()), _variable(emit, "running", ir.DataType.BOOL, ())
+    variables = [_carried(emit, value, one) for value, one in zip(start, held, strict=True)]
+
+    def run() -> list[Any]:
+        after = emit.inline(body, [*variables, *constants])
+        (again,) = emit.inline(condition, [*after, *constants])
+        return [again, *after]
+
+    loop = emit.body("body", [turn, running, *variables], run)
+    return emit.many("Loop", None, emit.as_value(first), *start, outputs=len(start), body=loop)
+
+
+def _carried(emit: Emitter, value: Value, held: Any) -> Value:
+    if isinstance(held, torch.Tensor):
+        return _variable(emit, "carried", onnx_dtype(held.dtype), [as_size(size) for size in held.shape])
+    return _variable(emit, "carried", value.dtype or ir.DataType.INT64, ())
+
+
+def _variable(emit: Emitter, name: str, dtype: ir.DataType, shape: Sequence[Any]) -> Value:
+    assert emit.node is not None
+    value = ir.Value(name=emit.unique(f"{emit.node.name}/{name}"), type=ir.TensorType(dtype))
+    emit.set_dims(value, shape)
+    return value
+
+
+def _inlined(leading: int) -> Any:
+    """Return a translation of a wrapper whose graph follows ``leading`` settings and comes before its operands."""
+
+    def translate(emit: Emitter, *arguments: Any, **_: Any) -> Sequence[Value]:
+        graph, operands = arguments[leading], arguments[leading + 1 :]
+        return emit.inline(graph, operands)
+
+    return translate
+
+
+translates(higher_order.wrap_with_set_grad_enabled)(_inlined(1))
+if hasattr(higher_order, "wrap_with_autocast"):
+    translates(higher_order.wrap_with_autocast)(_inlined(4))
+if hasattr(higher_order, "tag_activation_checkpoint"):
+    translates(higher_order.tag_activation_checkpoint)(_inlined(0))
+
+
+@translates(torch.ops.fxopt.update_buffer.default)
+def update_buffer(emit: Emitter, buffer: Value, value: Value, active: bool) -> None:
+    if active:
+        raise Refused("the graph writes to a buffer, and an ONNX file has no state; call eval(), or return the value as an output")

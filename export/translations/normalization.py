@@ -1,0 +1,158 @@
+"""Normalization layers in inference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
+from fxopt.export.registry import NotTranslated, Refused, translates
+from fxopt.export.sizes import Size, product
+
+aten = torch.ops.aten
+
+
+@translates(aten.batch_norm.default)
+def batch_norm(
+    emit: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    var: Value | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Value:
+    if mean is None or var is None:
+        return _batch_statistics_norm(emit, x, weight, bias, eps)
+    if training:
+        raise Refused("it updates its running statistics: the graph is in train mode")
+    return _affine_norm(emit, x, weight, bias, mean, var, eps)
+
+
+def _batch_statistics_norm(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
+    """Normalize by the statistics of the batch, as a layer that tracks none does in evaluation too."""
+    axes = [axis for axis in range(rank(x)) if axis != 1]
+    centred = emit("Sub", x, emit("ReduceMean", x, axes, keepdims=1))
+    spread = emit("ReduceMean", emit("Mul", centred, centred), axes, keepdims=1)
+    normed = emit("Div", centred, emit("Sqrt", emit("Add", spread, eps)), dims=dims(x))
+    if not isinstance(dims(x)[1], int):
+        raise NotTranslated("the number of channels is dynamic")
+    return _scaled(emit, normed, weight, bias, int(dims(x)[1]))
+
+
+@translates(aten.native_batch_norm.default)
+def native_batch_norm_of_mode(
+    emit: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    var: Value | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Value, None, None]:
+    return batch_norm(emit, x, weight, bias, mean, var, training, momentum, eps, True), None, None
+
+
+@translates(aten._native_batch_norm_legit_no_training.default)
+def native_batch_norm(
+    emit: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float, eps: float
+) -> tuple[Value, None, None]:
+    return _affine_norm(emit, x, weight, bias, mean, var, eps), None, None
+
+
+def _affine_norm(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, eps: float) -> Value:
+    channels, dtype = dims(mean)[0], dtype_of(x)
+    scale = _filled(emit, 1.0, channels, dtype) if weight is None else emit.cast(weight, dtype)
+    shift = _filled(emit, 0.0, channels, dtype) if bias is None else emit.cast(bias, dtype)
+    return emit("BatchNormalization", x, scale, shift, emit.cast(mean, dtype), emit.cast(var, dtype), epsilon=float(eps))
+
+
+def _filled(emit: Emitter, number: float, size: Size, dtype: torch.dtype) -> Value:
+    if not isinstance(size, int):
+        raise NotTranslated("the number of channels is dynamic")
+    return emit.constant(torch.full((size,), number, dtype=dtype))
+
+
+@translates(aten.layer_norm.default)
+def layer_norm(
+    emit: Emitter, x: Value, shape: Sequence[Size], weight: Value | None, bias: Value | None, eps: float, cudnn_enable: bool
+) -> Value:
+    if weight is None:
+        if not all(isinstance(size, int) for size in shape):
+            raise NotTranslated("the normalized shape is dynamic and has no weight")
+        weight = emit.constant(torch.ones(tuple(int(size) for size in shape), dtype=dtype_of(x)))
+    return emit("LayerNormalization", x, emit.cast(weight, dtype_of(x)), bias, axis=-len(shape), epsilon=float(eps))
+
+
+@translates(aten.native_layer_norm.default)
+def native_layer_norm(
+    emit: Emitter, x: Value, shape: Sequence[Size], weight: Value | None, bias: Value | None, eps: float
+) -> tuple[Value, None, None]:
+    return layer_norm(emit, x, shape, weight, bias, eps, True), None, None
+
+
+@translates(aten.rms_norm.default)
+def rms_norm(emit: Emitter, x: Value, shape: Sequence[Size], weight: Value | None, eps: float | None) -> Value:
+    eps = torch.finfo(dtype_of(x)).eps if eps is None else eps
+    if emit.opset >= 23 and weight is not None:
+        return emit("RMSNormalization", x, weight, axis=-len(shape), epsilon=float(eps))
+    axes = list(range(rank(x) - len(shape), rank(x)))
+    squares = emit("ReduceMean", emit("Pow", x, 2.0), axes, keepdims=1)
+    scaled = emit("Div", x, emit("Sqrt", emit("Add", squares, eps)))
+    return scaled if weight is None else emit("Mul", scaled, weight)
+
+
+@translates(aten.group_norm.default)
+def group_norm(emit: Emitter, x: Value, groups: int, weight: Value | None, bias: Value | None, eps: float, cudnn_enabled: bool) -> Value:
+    """Normalize each group as one channel, then scale: ORT has no kernel of ONNX's GroupNormalization."""
+    batch, channels, *rest = dims(x)
+    dtype = dtype_of(x)
+    if not isinstance(channels, int):
+        raise NotTranslated("the number of channels is dynamic")
+    grouped = emit.reshape(x, (batch, groups, channels // groups * product(rest)))
+    if batch == 0 or 0 in rest:
+        return x
+    normed = emit("InstanceNormalization", grouped, _filled(emit, 1.0, groups, dtype), _filled(emit, 0.0, groups, dtype), epsilon=float(eps))
+    emit.set_dims(normed, dims(grouped))
+    return _scaled(emit, emit.reshape(normed, dims(x)), weight, bias, channels)
+
+
+@translates(aten.native_group_norm.default)
+def native_group_norm(
+    emit: Emitter, x: Value, weight: Value | None, bias: Value | None, batch: Size, channels: Size, area: Size, groups: int, eps: float
+) -> tuple[Value, None, None]:
+    return group_norm(emit, x, groups, weight, bias, eps, True), None, None
+
+
+def _scaled(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, channels: int) -> Value:
+    column = (channels, *[1] * (rank(x) - 2))
+    if weight is not None:
+        x = emit("Mul", x, emit.reshape(weight, column), dims=dims(x))
+    return x if bias is None else emit("Add", x, emit.reshape(bias, column))
+
+
+@translates(aten.instance_norm.default)
+def instance_norm(
+    emit: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value | None,
+    var: Value | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Value:
+    if not use_input_stats and mean is not None and var is not None:
+        return _affine_norm(emit, x, weight, bias, mean, var, eps)
+    channels, dtype = dims(x)[1], dtype_of(x)
+    scale = _filled(emit, 1.0, channels, dtype) if weight is None else weight
+    shift = _filled(emit, 0.0, channels, dtype) if bias is None else bias
+    return emit("InstanceNormalization", x, scale, shift, epsilon=float(eps))

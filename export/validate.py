@@ -1,0 +1,264 @@
+"""Eager PyTorch against ONNX Runtime: several inputs, several sizes, ORT's optimizer off and on."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt import args
+from fxopt.capture import isolated
+from fxopt.contracts import METRICS, Contract
+from fxopt.dimensions import Sample
+from fxopt.errors import ExportError, NumericsError, describe
+from fxopt.export.files import OnnxFile
+from fxopt.export.kernel_noise import kernel_noise
+from fxopt.export.report import OutputResult, ValidationReport
+from fxopt.export.session import Optimization, Session
+from fxopt.graph_module import CapturedModule
+from fxopt.numerics import Reference, measure, reference, violation
+
+__all__ = ["ValidationReport", "validate", "validate_file"]
+
+_OPTIMIZATIONS: tuple[Optimization, ...] = ("none", "all")
+_SIZES = (1, 2, 5)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    label: str
+    leaves: list[Any]
+    wanted: tuple[Any, ...]
+
+
+def validate(
+    model: OnnxFile | str | os.PathLike[str] | bytes,
+    gm: CapturedModule,
+    *,
+    inputs: Sequence[Any] | None = None,
+    sizes: bool = True,
+    contract: Contract | None = None,
+) -> ValidationReport:
+    """Compare an ONNX model with the graph that it was made from.
+
+    Args:
+        model: An exported model, a file or a serialized model.
+        gm: The graph, in eval mode.
+        inputs: Samples to compare on; those of the graph, and one of other values, if not given.
+        sizes: Also compare with every dynamic size at 1, 2 and an odd number.
+        contract: How close ORT must come. If not given: that of the passes if it is LOSSY, ROUNDING otherwise, since ORT
+            may add numbers in another order than PyTorch.
+
+    Raises:
+        NumericsError: the model breaks the contract; the message names output, element, node, source line and passes.
+        ExportError: ORT cannot load or run the model.
+    """
+    if isinstance(model, OnnxFile):
+        source: Path | bytes = model.path if model.path is not None else model.to_bytes()
+    else:
+        source = model if isinstance(model, bytes) else Path(model)
+    return validate_file(source, gm, inputs=inputs, sizes=sizes, contract=contract)
+
+
+def validate_file(
+    source: Path | bytes,
+    gm: CapturedModule,
+    *,
+    names: Sequence[str] | None = None,
+    inputs: Sequence[Any] | None = None,
+    sizes: bool = True,
+    contract: Contract | None = None,
+) -> ValidationReport:
+    """Compare as :func:`validate` does; ``names`` are the names that the outputs must have."""
+    contract = contract or _contract_of(gm)
+    report = ValidationReport(str(contract))
+    sessions = {level: Session(source, optimization=level) for level in _OPTIMIZATIONS}
+    for session in sessions.values():
+        _check_names(session, gm, names)
+    for case in _cases(gm, inputs, sizes, report):
+        judge = _Judge(gm, case, contract)
+        for level, session in sessions.items():
+            judge.compare(session, level, report)
+    if not report.results:
+        raise ExportError(describe("the model could not be validated: no input runs", notes="\n".join(report.notes) or None))
+    return report
+
+
+def _contract_of(gm: CapturedModule) -> Contract:
+    """Return what ORT must keep: the floors of lossy passes, else ROUNDING."""
+    text = "" if gm.report is None else gm.report.contract
+    if not text.startswith("LOSSY("):
+        return Contract.ROUNDING
+    floors = []
+    for floor in text.removeprefix("LOSSY(").removesuffix(")").split(", "):
+        metric, _, number = floor.split(" ")
+        if metric in METRICS:
+            floors.append((metric, float(number)))
+    return Contract("LOSSY", floors=tuple(floors))
+
+
+def _check_names(session: Session, gm: CapturedModule, names: Sequence[str] | None) -> None:
+    wanted = len(gm.output_names) if names is None else len(names)
+    got = session.output_names
+    if len(got) != wanted or (names is not None and list(got) != list(names)):
+        raise NumericsError(
+            describe(
+                "the model has other outputs than the graph",
+                got=", ".join(got) or "(none)",
+                wanted=", ".join(names if names is not None else gm.output_names) or "(none)",
+            )
+        )
+    tensors = [spec.name for spec in gm.inputs if spec.is_tensor]
+    if len(session.input_names) != len(tensors):
+        raise NumericsError(describe("the model has other inputs than the graph", got=", ".join(session.input_names), wanted=", ".join(tensors)))
+
+
+# -- what to compare on ----------------------------------------------------------------------------------------------
+
+
+def _cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report: ValidationReport) -> Iterator[_Case]:
+    """Yield inputs with the outputs of the graph; what the graph itself cannot run becomes a note."""
+    for label, sample in _samples(gm, inputs, sizes):
+        try:
+            leaves = gm.flatten_inputs(*sample.args, **dict(sample.kwargs))
+            copy = sample.clone()
+            with isolated(gm):
+                outputs = gm.flat_outputs(*copy.args, **dict(copy.kwargs))
+        except Exception as error:
+            report.notes.append(f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}")
+            continue
+        yield _Case(label, leaves, tuple(output for output in outputs if output is not None))
+
+
+def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> Iterator[tuple[str, Sample]]:
+    given = [Sample.of(one) for one in inputs] if inputs is not None else list(gm.samples)
+    for index, sample in enumerate(given):
+        yield f"sample {index}", sample
+    if not given:
+        return
+    if inputs is None:
+        yield "other values", _other_values(given[0])
+    if not sizes or not gm.dims:
+        return
+    seen = {tuple(sorted(gm.sizes_of(sample.leaves()).items())) for sample in given}
+    for size in _SIZES:
+        chosen = {name: min(max(size, d.min), size if d.max is None else d.max) for name, d in gm.dims.items()}
+        if tuple(sorted(chosen.items())) not in seen:
+            seen.add(tuple(sorted(chosen.items())))
+            yield ", ".join(f"{name} = {value}" for name, value in chosen.items()), gm.resized(chosen, _other_values(given[0]))
+
+
+def _other_values(sample: Sample) -> Sample:
+    """Return a sample of the same sizes and other values: normal ones of like scale, integers and flags in another order."""
+    generator = torch.Generator().manual_seed(len(sample.leaves()))
+
+    def other(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.numel() < 2:
+            return leaf
+        if _is_ordered(leaf):
+            return leaf
+        if leaf.is_floating_point():
+            finite = leaf[leaf.isfinite()].double()
+            if bool((finite == finite.round()).all()) or finite.numel() < 2:
+                return leaf  # a mask, or counts
+            spread, middle = float(finite.std()), float(finite.mean())
+            drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * (spread or 1.0) + middle
+            return drawn.clamp(float(finite.min()), float(finite.max())).to(leaf.dtype)
+        return leaf.flatten()[torch.randperm(leaf.numel(), generator=generator)].view(leaf.shape)
+
+    return sample.map(other)
+
+
+def _is_ordered(leaf: torch.Tensor) -> bool:
+    """Return whether the order of the elements may have a meaning: offsets, boundaries, masks that descend."""
+    step = leaf.reshape(-1, leaf.shape[-1]).double().diff()
+    return bool((step >= 0).all() or (step <= 0).all())
+
+
+# -- one case --------------------------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """Compares ORT's outputs for one case with the graph's."""
+
+    def __init__(self, gm: CapturedModule, case: _Case, contract: Contract) -> None:
+        self._gm, self._case, self._contract = gm, case, contract
+        self._reference: Reference | None = None
+
+    def compare(self, session: Session, level: Optimization, report: ValidationReport) -> None:
+        """Run ORT and record the errors.
+
+        Raises:
+            NumericsError: an output breaks the contract.
+        """
+        got = session.run([leaf for leaf in self._case.leaves if isinstance(leaf, torch.Tensor)])
+        for index, (name, want, have) in enumerate(zip(session.output_names, self._case.wanted, got, strict=True)):
+            wanted = want.detach() if isinstance(want, torch.Tensor) else _number(want, have)
+            problem = self._problem(index, wanted, have)
+            if problem is not None:
+                raise self._error(index, name, level, problem, wanted, have)
+            report.results.append(OutputResult(name, self._case.label, level, measure(wanted, have)))
+
+    def _problem(self, index: int, want: torch.Tensor, have: torch.Tensor) -> str | None:
+        problem = violation(self._contract, want, have)
+        if problem is None or self._contract.kind != "ROUNDING" or want.dtype != have.dtype or want.shape != have.shape:
+            return problem
+        if self._reference is None:
+            with isolated(self._gm):
+                self._reference = reference(self._gm, self._case.wanted, self._case.leaves)
+        precise, noise = self._reference.precise[index], self._reference.noise[index]
+        problem = violation(self._contract, want, have, precise, noise)
+        if problem is not None:
+            noise += kernel_noise(self._gm, self._case.leaves)[index]
+            problem = violation(self._contract, want, have, precise, noise)
+        return problem
+
+    def _error(
+        self, index: int, name: str, level: Optimization, problem: str, want: torch.Tensor, have: torch.Tensor
+    ) -> NumericsError:
+        node = _output_nodes(self._gm)[index]
+        same = want.shape == have.shape and want.dtype == have.dtype
+        worst = None
+        if same and want.numel():
+            errors = measure(want, have)
+            worst = (
+                f"{list(errors.worst)} of {args.shape_text(want)}: eager {want.flatten()[errors.worst_flat].item()!r}, "
+                f"onnxruntime {have.flatten()[errors.worst_flat].item()!r} ({errors.mismatches} of {errors.size} elements differ)"
+            )
+        passes = _passes(self._gm)
+        return NumericsError(
+            describe(
+                f"output {name!r} breaks contract {self._contract} on {self._case.label}, ORT optimizer {level!r}",
+                found=problem,
+                worst=worst,
+                got=args.shape_text(have),
+                wanted=args.shape_text(want),
+                node=None if node is None else f"{node.name} ({node.target})",
+                source=None if node is None else args.source_line(node) or "unknown",
+                passes=passes or "(none)",
+                try_="export the graph before these passes, then bisect them; if it fails too, the translation of an operator is wrong"
+                if passes
+                else "compare intermediate values; if ORT's optimizer 'none' agrees, one of its fusions is the cause",
+            )
+        )
+
+
+def _number(number: Any, like: torch.Tensor) -> torch.Tensor:
+    kinds = {bool: torch.bool, int: torch.int64, float: torch.float64}
+    return torch.tensor(number, dtype=kinds.get(type(number), like.dtype))
+
+
+def _output_nodes(gm: CapturedModule) -> list[torch.fx.Node | None]:
+    """Return the node of each output that is not None."""
+    (output,) = gm.graph.find_nodes(op="output")
+    flat = output.args[0] if isinstance(output.args[0], tuple | list) else [output.args[0]]
+    return [leaf if isinstance(leaf, torch.fx.Node) else None for leaf in flat if leaf is not None]
+
+
+def _passes(gm: CapturedModule) -> str:
+    steps = [] if gm.report is None else gm.report.steps
+    return ", ".join(f"{step.name} ({len(step.changes)} changes)" for step in steps if step.changes)

@@ -1,0 +1,70 @@
+"""fxopt: make a PyTorch model small and fast, and prove that it is still right."""
+
+from fxopt.args import arg, module_path, source_line, tensor_arg
+from fxopt.capture import capture
+from fxopt.contracts import Contract
+from fxopt.dimensions import Dimension, Sample
+from fxopt.errors import (
+    CaptureError,
+    ContractError,
+    ExportError,
+    FileFormatError,
+    FixedPointError,
+    FxoptError,
+    InputError,
+    InvariantError,
+    ModeError,
+    NumericsError,
+    PassError,
+    PassOrderError,
+    PreconditionError,
+)
+from fxopt.graph_module import CapturedModule, InputSpec, Provenance
+from fxopt.graph_text import graph_text
+from fxopt.manager import PassManager
+from fxopt.optimize import optimize
+from fxopt.pass_base import FixedPoint, Pass, PassResult
+from fxopt.report import Report
+from fxopt.rewriter import Change, Rewriter, Skip
+from fxopt.serialize import load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CapturedModule",
+    "Change",
+    "Contract",
+    "ContractError",
+    "Dimension",
+    "ExportError",
+    "FileFormatError",
+    "FixedPoint",
+    "FixedPointError",
+    "FxoptError",
+    "InputError",
+    "InputSpec",
+    "InvariantError",
+    "ModeError",
+    "NumericsError",
+    "Pass",
+    "PassError",
+    "PassManager",
+    "PassOrderError",
+    "PassResult",
+    "PreconditionError",
+    "Provenance",
+    "Report",
+    "Rewriter",
+    "Sample",
+    "Skip",
+    "arg",
+    "capture",
+    "graph_text",
+    "load",
+    "module_path",
+    "optimize",
+    "save",
+    "source_line",
+    "tensor_arg",
+]

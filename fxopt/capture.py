@@ -1,0 +1,386 @@
+"""Turn a model into one graph: ``fxopt.capture``."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch.utils import _pytree as pytree
+
+from fxopt.args import dtype, shape_text, size_text, source_line
+from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
+from fxopt.errors import CaptureError, describe
+from fxopt.graph_module import CapturedModule, InputSpec
+from fxopt.modes import Unmergeable, merge_modes
+from fxopt.numerics import measure
+from fxopt.trace import Trace, trace, unlift, user_location
+
+__all__ = ["capture"]
+
+
+def capture(
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., Any],
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    modes: Literal["both", "current"] = "both",
+    verify: bool = True,
+) -> CapturedModule:
+    """Return ``model`` as one functional ATen graph in which every node knows its shape, module and source line.
+
+    Parameters are shared with the model, not copied: training the graph trains the model.
+
+    Args:
+        model: A module, a ``torch.fx.GraphModule``, a ``torch.export.ExportedProgram`` or a function of tensors.
+        example_inputs: A tuple of positional arguments, a mapping of keyword arguments, one tensor, or a
+            :class:`fxopt.Sample` of both; or a *list* of such samples. Not needed for a program that has its own.
+        dynamic_shapes: As for ``torch.export.export``, or with texts: ``{"x": {0: "batch", 1: "2<=seq<512"}}``. If not
+            given, the axes along which several samples differ in size are dynamic.
+        modes: ``"both"`` traces a model that asks for its training flag once in each mode, so that ``train()`` and
+            ``eval()`` work on the graph. ``"current"`` traces it as it is.
+        verify: Compare the graph with the model, bit for bit, on all samples.
+
+    Raises:
+        CaptureError: the model cannot become one graph, or the inputs do not fit it. The message names the user's line.
+        TypeError: ``model`` is none of the above.
+    """
+    if modes not in ("both", "current"):
+        raise ValueError(f"modes is {modes!r}; wanted 'both' or 'current'")
+    if isinstance(model, CapturedModule):
+        return model.clone()
+    if isinstance(model, torch.export.ExportedProgram):
+        return _from_program(model, example_inputs)
+    module = _as_module(model)
+    samples = _samples(example_inputs)
+    for sample in samples:
+        _check_leaves(sample)
+    _check_parameters(module)
+    if dynamic_shapes is None and len(samples) > 1:
+        dynamic_shapes = dimensions_from_samples([bind_arguments(module.forward, sample) for sample in samples])
+    wanted = [run_eagerly(module, sample) for sample in samples]
+    gm = _traced(module, samples, dynamic_shapes, modes)
+    if verify:
+        for sample, want in zip(samples, wanted, strict=True):
+            _compare(gm, module, sample, want)
+    return gm
+
+
+def _as_module(model: Any) -> torch.nn.Module:
+    if isinstance(model, torch.nn.Module):
+        return model
+    if callable(model) and not isinstance(model, type):
+        return _Function(model)
+    hint = f"; pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
+    raise TypeError(f"model is {model!r}; wanted a module, a GraphModule, an ExportedProgram or a function{hint}")
+
+
+class _Function(torch.nn.Module):
+    """A plain function, as a module without parameters."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+        self.forward = function
+
+
+def _samples(example_inputs: Any) -> tuple[Sample, ...]:
+    if example_inputs is None:
+        raise CaptureError(
+            describe(
+                "example_inputs are missing",
+                wanted="a tuple of positional arguments, a dict of keyword arguments, one tensor, or a list of such samples",
+            )
+        )
+    if isinstance(example_inputs, list):
+        if not example_inputs:
+            raise CaptureError("example_inputs is an empty list; give at least one sample")
+        return tuple(Sample.of(example) for example in example_inputs)
+    return (Sample.of(example_inputs),)
+
+
+def _check_leaves(sample: Sample) -> None:
+    for path, leaf in pytree.tree_flatten_with_path((sample.args, dict(sample.kwargs)))[0]:
+        where = "example input " + pytree.keystr(path[1:])
+        if isinstance(leaf, torch.Tensor):
+            if leaf.numel() == 0:
+                raise CaptureError(
+                    describe(
+                        f"{where} holds no element, so that nothing can be checked with it",
+                        got=shape_text(leaf),
+                        try_="an example of size 1 or more; a dynamic dimension still allows 0 later",
+                    )
+                )
+        elif leaf is not None and not isinstance(leaf, bool | int | float | torch.dtype | torch.device):
+            raise CaptureError(describe(f"{where} is neither a tensor nor a number", got=f"{type(leaf).__name__} {leaf!r}"[:200]))
+
+
+def _check_parameters(model: torch.nn.Module) -> None:
+    for name, tensor in model.named_parameters():
+        broken = int(tensor.detach().isnan().sum()) if tensor.is_floating_point() and not tensor.is_meta else 0
+        if broken:
+            raise CaptureError(
+                describe(
+                    f"parameter {name!r} holds NaN, so that no rewrite of the model can be judged",
+                    got=f"{broken} of {tensor.numel()} elements of {shape_text(tensor)}",
+                    try_="load a checkpoint from before the training diverged",
+                )
+            )
+
+
+def run_eagerly(model: torch.nn.Module, sample: Sample) -> list[Any]:
+    """Return the leaves of the model's outputs, leaving its buffers, the inputs and the random state as they were.
+
+    Raises:
+        CaptureError: the model raises on its own example inputs, or returns something that no graph can.
+    """
+    try:
+        with isolated(model):
+            copy = sample.clone()
+            result = model(*copy.args, **copy.kwargs)
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            describe(
+                f"the model itself raises on the example inputs: {type(error).__name__}: {str(error)[:500]}",
+                source=user_location(error),
+                got=", ".join(shape_text(leaf) for leaf in sample.leaves()),
+                try_="inputs with which model(*args, **kwargs) runs",
+            )
+        ) from error
+    leaves = pytree.tree_leaves(result, is_leaf=lambda leaf: leaf is None)
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, torch.Tensor | bool | int | float):
+            raise CaptureError(
+                describe(
+                    "the model returns something that is neither a tensor nor a number",
+                    got=f"{type(leaf).__name__} {leaf!r}"[:200],
+                    wanted="tensors and numbers, in any nesting of tuples, lists, dicts and registered pytrees",
+                )
+            )
+    return list(leaves)
+
+
+@contextlib.contextmanager
+def isolated(model: torch.nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run with a fixed random state and without gradients; undo what happens to buffers and the random state."""
+    kept = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        with torch.no_grad():
+            for buffer, before in kept.values():
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes: Any, modes: str) -> CapturedModule:
+    found = trace(model, samples[0], dynamic_shapes)
+    tensors = _tensors_of(model)
+    reason, valid = "", "both"
+    if found.training:
+        here, there = ("train", "eval") if model.training else ("eval", "train")
+        valid = here
+        if modes == "current":
+            reason = "it was captured with modes='current'"
+        else:
+            try:
+                with _switched(model, not model.training):
+                    other = trace(model, samples[0], dynamic_shapes)
+                _merge(found, other, tensors, first_trains=model.training)
+                valid = "both"
+            except (CaptureError, Unmergeable) as error:
+                reason = f"tracing it in {there} mode gave: {error}"
+    gm = _assemble(found, tensors, samples)
+    gm.modes, gm.modes_reason = valid, reason  # type: ignore[assignment]
+    gm.training = model.training
+    return gm
+
+
+@contextlib.contextmanager
+def _switched(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    flags = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def _merge(first: Trace, second: Trace, tensors: dict[str, torch.Tensor], *, first_trains: bool) -> None:
+    """Make ``first.graph`` hold both modes; constants that only the second trace has get names of their own."""
+    same: dict[str, str] = {}
+    for name, constant in second.constants.items():
+        twin = next((n for n, t in first.constants.items() if t is constant or _identical(t, constant)), None)
+        if twin is None:
+            twin = name
+            while twin in first.constants or twin in tensors:
+                twin += "_"
+        same[name] = twin
+    first.graph = merge_modes(first.graph, second.graph, first_trains=first_trains, same_tensor=same)
+    for name, constant in second.constants.items():
+        first.constants.setdefault(same[name], constant)
+
+
+def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every parameter and buffer of the model by name, shared ones under each of their names."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _assemble(found: Trace, tensors: dict[str, torch.Tensor], samples: tuple[Sample, ...]) -> CapturedModule:
+    root = torch.nn.Module()
+    persistent = {name for name in tensors if not isinstance(tensors[name], torch.nn.Parameter)}
+    for name, tensor in tensors.items():
+        attach(root, name, tensor, persistent=name in persistent)
+    for name, tensor in found.constants.items():
+        attach(root, name, tensor, persistent=False)
+    for node in found.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in tensors and str(node.target) not in found.constants:
+            branch = getattr(found.root, str(node.target))
+            root.add_module(str(node.target), branch)
+    gm = CapturedModule(root, found.graph)
+    for name, child in root.named_children():
+        gm.add_module(name, child)
+    for name, parameter in root.named_parameters(recurse=False):
+        gm.register_parameter(name, parameter)
+    for name, buffer in root.named_buffers(recurse=False):
+        gm.register_buffer(name, buffer, persistent=name not in root._non_persistent_buffers_set)
+    _describe_interface(gm, found, samples)
+    return gm
+
+
+def attach(root: torch.nn.Module, path: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
+    """Register ``tensor`` under a dotted path, making plain containers on the way."""
+    *parents, leaf = path.split(".")
+    for part in parents:
+        if part not in root._modules:
+            root.add_module(part, torch.nn.Module())
+        root = root._modules[part]  # type: ignore[assignment]
+    if isinstance(tensor, torch.nn.Parameter):
+        root.register_parameter(leaf, tensor)
+    else:
+        root.register_buffer(leaf, tensor, persistent=persistent)
+
+
+def _describe_interface(gm: CapturedModule, found: Trace, samples: tuple[Sample, ...]) -> None:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    names = dict(found.names)
+    for node in placeholders:
+        for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if not isinstance(size, int) and size.node.expr.is_Symbol:
+                names.setdefault(str(size.node.expr), _unused(f"{node.name}_{axis}", names.values()))
+    gm.dims = {
+        name: Dimension(name, symbol, *found.ranges.get(symbol, (0, None)))
+        for symbol, name in names.items()
+    }
+    leaves = samples[0].leaves() if samples else [None] * len(placeholders)
+    gm.inputs = tuple(_input_spec(node, leaf, names) for node, leaf in zip(placeholders, leaves, strict=True))
+    gm.output_names = output_names(gm)
+    gm.samples = samples
+
+
+def _unused(name: str, taken: Any) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _input_spec(node: torch.fx.Node, leaf: Any, names: dict[str, str]) -> InputSpec:
+    found = node.meta.get("val")
+    if not isinstance(found, torch.Tensor):
+        return InputSpec(node.name, None, (), leaf)
+    shape = tuple(size if isinstance(size, int) else size_text(size, names) for size in found.shape)
+    return InputSpec(node.name, dtype(node), shape)
+
+
+def output_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
+    """Return a name for each output that is not None: the path of keys to it, or ``output`` if there is just one."""
+    flat = gm.graph.output_node().args[0]
+    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    tree = pytree.tree_unflatten(list(range(len(flat))), spec)  # type: ignore[arg-type]
+    paths = {index: pytree.keystr(path) for path, index in pytree.tree_flatten_with_path(tree)[0]}
+    kept = [index for index, item in enumerate(flat) if item is not None]  # type: ignore[arg-type,union-attr]
+    taken: list[str] = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    names: list[str] = []
+    for index in kept:
+        words = "_".join(re.findall(r"\w+", paths[index]))
+        if not words or words[0].isdigit():
+            words = "output" if len(kept) == 1 else f"output_{words or index}"
+        names.append(_unused(words, taken))
+        taken.append(names[-1])
+    return tuple(names)
+
+
+def _from_program(program: torch.export.ExportedProgram, example_inputs: Any) -> CapturedModule:
+    if example_inputs is None:
+        if program.example_inputs is None:
+            raise CaptureError("the exported program carries no example inputs; give example_inputs")
+        samples: tuple[Sample, ...] = (Sample(*program.example_inputs),)
+    else:
+        samples = _samples(example_inputs)
+    found = unlift(program)
+    tensors = dict(program.state_dict)
+    gm = _assemble(found, tensors, samples)
+    training = [node for node in found.graph.nodes if node.op == "call_function" and _trains(node)]
+    gm.modes = "train" if training else "eval"
+    gm.modes_reason = "an exported program holds the mode it was exported in; capture the module itself for both"
+    gm.training = bool(training)
+    return gm
+
+
+def _trains(node: torch.fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    flags = [a.name for a in schema.arguments if a.name in ("training", "train")] if schema else []
+    from fxopt.args import arg
+
+    return any(arg(node, flag) is True for flag in flags)
+
+
+def _compare(gm: CapturedModule, model: torch.nn.Module, sample: Sample, want: Sequence[Any]) -> None:
+    with isolated(gm):
+        copy = sample.clone()
+        got = gm.flat_outputs(*copy.args, **copy.kwargs)
+    problem = None
+    for index, (w, g) in enumerate(zip(want, got, strict=True)):
+        if not isinstance(w, torch.Tensor):
+            problem = None if w == g else f"got {g!r}, wanted {w!r}"
+        elif w.shape != g.shape or w.dtype != g.dtype:
+            problem = f"got {shape_text(g)}, wanted {shape_text(w)}"
+        elif not _same_up_to_rounding(w, g):
+            problem = f"got {g.flatten()[measure(w, g).worst_flat].item()}, wanted {w.flatten()[measure(w, g).worst_flat].item()}"
+        if problem:
+            node = gm.graph.output_node().args[0][index]  # type: ignore[index]
+            again = run_eagerly(model, sample)[index]
+            steady = isinstance(w, torch.Tensor) and _same_up_to_rounding(w, again)
+            raise CaptureError(
+                describe(
+                    f"the captured graph computes something else than the model: output {index}: {problem}",
+                    source=source_line(node) if isinstance(node, torch.fx.Node) else None,
+                    because=None if steady else "the model itself gives another result each time it is run",
+                    try_="state that forward() keeps in Python (counters, caches) must become buffers or arguments",
+                )
+            )
+
+
+def _same_up_to_rounding(want: torch.Tensor, got: torch.Tensor) -> bool:
+    if torch.equal(want, got):
+        return True
+    if not want.is_floating_point():
+        return False
+    scale = float(want.detach().nan_to_num().abs().max())
+    same_holes = torch.equal(want.isnan(), got.isnan())
+    return same_holes and measure(want, got).max_abs <= 64 * torch.finfo(want.dtype).eps * scale

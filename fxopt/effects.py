@@ -1,0 +1,81 @@
+"""Which calls may be dropped, moved or merged: the effects of operators, read from their schemas and flags."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+
+from fxopt.args import arg, argument_positions
+from fxopt.ops import UPDATE_BUFFER
+
+__all__ = ["has_effect", "is_pure", "is_random", "trains"]
+
+aten = torch.ops.aten
+_ASSERTIONS = {
+    aten._assert_async.msg,
+    aten._assert_async.default,
+    aten._assert_scalar.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+}
+_DROPOUT_PROBABILITY = {aten.scaled_dot_product_attention.default: "dropout_p"}
+
+
+def trains(node: torch.fx.Node) -> bool | None:
+    """Return the node's training flag as it is set, in whichever mode; None if the operator has none.
+
+    A flag that differs between the modes counts as set: a node that is random in one mode only is still random.
+    """
+    if not isinstance(node.target, OpOverload):
+        return None
+    for name in ("train", "training"):
+        if name in argument_positions(node.target):
+            return bool(arg(node, name)) or any(node.meta.get("modes", {}).get(name, ()))
+    return None
+
+
+def is_random(node: torch.fx.Node) -> bool:
+    """Return whether the node draws random numbers in some mode."""
+    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    probability = _DROPOUT_PROBABILITY.get(node.target)
+    if probability is not None:
+        return bool(arg(node, probability)) or any(node.meta.get("modes", {}).get(probability, ()))
+    return trains(node) is not False
+
+
+def has_effect(node: torch.fx.Node) -> bool:
+    """Return whether running the node changes something beside its result: state, or an assertion that may fail."""
+    if node.op in ("placeholder", "output"):
+        return True
+    if node.op != "call_function":
+        return False
+    if node.target is UPDATE_BUFFER or node.target in _ASSERTIONS:
+        return True
+    if isinstance(node.target, HigherOrderOperator):
+        return any(
+            has_effect(inner)
+            for branch in node.all_input_nodes
+            if branch.op == "get_attr" and isinstance(body := _body(branch), torch.fx.GraphModule)
+            for inner in body.graph.nodes
+            if inner.op not in ("placeholder", "output")
+        )
+    if isinstance(node.target, OpOverload):
+        # Batch norm writes its running statistics while training, which its schema does not tell.
+        writes_statistics = "running_mean" in argument_positions(node.target) and bool(trains(node))
+        return node.target._schema.is_mutable or writes_statistics
+    return getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins") and node.target is not operator.getitem
+
+
+def is_pure(node: torch.fx.Node) -> bool:
+    """Return whether the node always gives the same result for the same arguments and does nothing else."""
+    return not has_effect(node) and not is_random(node)
+
+
+def _body(branch: torch.fx.Node) -> torch.nn.Module | None:
+    owner = branch.graph.owning_module
+    return owner.get_submodule(str(branch.target)) if owner is not None else None

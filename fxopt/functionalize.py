@@ -1,0 +1,367 @@
+"""Make a captured graph free of in-place ops, or say by name and line why that is impossible.
+
+    before:  a = linear(x, w, b);  v = slice(a, 1, 0, 2);  v_ = add_(v, 1);  y = relu(a)
+    after:   a = linear(x, w, b);  v = slice(a, 1, 0, 2);  s = add(v, 1)
+             a2 = slice_scatter(a, s, 1, 0, 2);  y = relu(a2)
+
+Which values share memory is not guessed from operator names: the fake tensors of the trace know it (``reshape`` is a
+view or a copy, ``dropout`` in evaluation is its own input). A write into a view is carried to its base by the inverse
+of each view op, and other views of that base are taken again from the new base when they are next used.
+
+Writes into buffers become one ``fxopt.update_buffer`` at the end. Writes into inputs and parameters are refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fxopt.args import arg, source_line
+from fxopt.errors import CaptureError, describe
+from fxopt.ops import UPDATE_BUFFER
+
+__all__ = ["functionalize", "is_in_place"]
+
+aten = torch.ops.aten
+_METADATA_ONLY = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_", "set_"}
+_FUNCTIONAL_FORM = {
+    ("normal_", "default"): ("normal_functional", "default"),
+    ("bernoulli_", "float"): ("bernoulli", "p"),
+    ("__iand__", "Tensor"): ("__and__", "Tensor"),
+    ("__iand__", "Scalar"): ("__and__", "Scalar"),
+    ("__ior__", "Tensor"): ("__or__", "Tensor"),
+    ("__ior__", "Scalar"): ("__or__", "Scalar"),
+    ("__ixor__", "Tensor"): ("__xor__", "Tensor"),
+    ("__ixor__", "Scalar"): ("__xor__", "Scalar"),
+}
+_SAME_ELEMENTS = {
+    "aten::" + name
+    for name in (
+        "alias", "contiguous", "dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "lift_fresh",
+        "to", "type_as", "positive", "expand_as", "clone", "rrelu",
+    )
+}  # fmt: skip
+_RESHAPING = {
+    "aten::" + name
+    for name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel", "_unsafe_view")
+}
+
+
+def is_in_place(target: Any) -> bool:
+    """Return whether calling ``target`` writes into one of its arguments."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target is not UPDATE_BUFFER
+
+
+def functionalize(graph: torch.fx.Graph, kinds: dict[str, str]) -> torch.fx.Graph:
+    """Return the functional form of ``graph``; the graph itself if nothing in it writes.
+
+    Args:
+        graph: ATen graph with parameters and buffers as ``get_attr`` nodes, each node with its fake value.
+        kinds: Kind of every tensor attribute: ``{"bn.running_mean": "buffer", "w": "parameter", "k": "constant"}``.
+
+    Raises:
+        CaptureError: an input or a parameter is written, or a view is that has no inverse (``expand``, ``as_strided``).
+    """
+    if not any(is_in_place(node.target) for node in graph.nodes if node.op == "call_function"):
+        return graph
+    return _Functionalizer(graph, kinds).run()
+
+
+class _Functionalizer:
+    """One run over a graph. ``new`` maps old nodes to the nodes of the new graph that hold their *current* value."""
+
+    def __init__(self, graph: torch.fx.Graph, kinds: dict[str, str]) -> None:
+        self.old = graph
+        self.kinds = kinds
+        self.graph = torch.fx.Graph(tracer_cls=graph._tracer_cls)
+        self.graph.set_codegen(graph._codegen)
+        self.new: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.base_of: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.parent_of: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.version: dict[torch.fx.Node, int] = {}
+        self.seen: dict[torch.fx.Node, int] = {}
+        self.owner: dict[StorageWeakRef, torch.fx.Node] = {}
+        self.written: dict[torch.fx.Node, torch.fx.Node] = {}
+
+    def run(self) -> torch.fx.Graph:
+        for node in self.old.nodes:
+            if node.op == "output":
+                self._write_buffers()
+                self.graph.output(torch.fx.map_arg(node.args[0], self.current)).meta = dict(node.meta)
+            elif node.op == "call_function" and is_in_place(node.target):
+                self._mutate(node)
+            else:
+                self._copy(node)
+        return self.graph
+
+    def _copy(self, node: torch.fx.Node) -> None:
+        self.new[node] = self.graph.node_copy(node, self.current)
+        self.new[node].meta = dict(node.meta)
+        self._track(node)
+
+    def _track(self, node: torch.fx.Node) -> None:
+        """Find the value whose memory ``node`` shares, and the argument through which it does."""
+        base = node
+        storage = _storage(node)
+        if storage is not None:
+            is_list = not isinstance(node.meta["val"], torch.Tensor)
+            # A fresh tuple of results owns nothing: each of its parts does, when it is taken out.
+            if node.target is aten.lift_fresh_copy.default:
+                self.owner[storage] = node  # a copy by definition, though its fake value shares the constant's memory
+            base = self.owner.get(storage, node) if is_list else self.owner.setdefault(storage, node)
+        self.base_of[node] = base
+        self.version.setdefault(base, 0)
+        self.seen[node] = self.version[base]
+        if base is not node:
+            parents = [n for n in node.all_input_nodes if self.base_of.get(n) is base]
+            self.parent_of[node] = parents[0] if parents else base
+
+    def current(self, node: torch.fx.Node) -> torch.fx.Node:
+        """Return the node of the new graph with the value of ``node`` after all writes so far."""
+        base = self.base_of.get(node, node)
+        if self.seen.get(node, 0) == self.version.get(base, 0) or node not in self.parent_of:
+            return self.new[node]
+        parent = self.parent_of[node]
+        fresh = self.current(parent)
+        source = self._view(node)
+        if source is None:
+            self.new[node] = fresh
+        else:
+            twins = {n: fresh if n is parent else self.current(n) for n in source.all_input_nodes}
+            self.new[node] = self.graph.node_copy(source, lambda old: twins[old])
+            self.new[node].meta = dict(source.meta)
+        self.seen[node] = self.version[base]
+        return self.new[node]
+
+    def _view(self, node: torch.fx.Node) -> torch.fx.Node | None:
+        """Return the op that makes this view of its parent, or None if it is the parent itself (an in-place result)."""
+        return None if is_in_place(node.target) else node
+
+    def _mutate(self, node: torch.fx.Node) -> None:
+        target = node.target
+        name = target._schema.name.removeprefix("aten::")
+        mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        first = target._schema.arguments[0].name
+        if not target._schema.name.startswith("aten::") or mutated != [first] or name in _METADATA_ONLY or not name.endswith("_"):
+            raise self._refusal(node, f"{target} writes into {', '.join(mutated) or 'its arguments'} in a way that has no functional form")
+        victim = arg(node, first)
+        value = self._functional_value(node, victim, name)
+        self._write(victim, value, node)
+        self.new[node] = value
+        self.base_of[node] = self.base_of[victim]
+        self.parent_of[node] = victim
+        self.seen[node] = self.version[self.base_of[node]]
+        self.new[victim] = value
+        self.seen[victim] = self.seen[node]
+
+    def _functional_value(self, node: torch.fx.Node, victim: torch.fx.Node, name: str) -> torch.fx.Node:
+        like = victim.meta["val"]
+        if name in ("copy_", "fill_", "zero_"):
+            value: Any = {"copy_": lambda: arg(node, "src"), "fill_": lambda: arg(node, "value"), "zero_": lambda: 0}[name]()
+            return self._filled(node, victim, value)
+        suffix = node.target._overloadname
+        packet_name, suffix = _FUNCTIONAL_FORM.get((name, suffix), (name[:-1], suffix))
+        overload = getattr(getattr(aten, packet_name, None), suffix, None)
+        if overload is None or is_in_place(overload):
+            raise self._refusal(node, f"{node.target} has no functional form")
+        args = torch.fx.map_arg(node.args, self.current)
+        kwargs = torch.fx.map_arg(node.kwargs, self.current)
+        call = self._call(node, overload, args, kwargs)
+        if call.meta["val"].dtype != like.dtype:
+            call = self._call(node, aten.to.dtype, (call, like.dtype))
+        return call
+
+    def _filled(self, node: torch.fx.Node, victim: torch.fx.Node, value: Any) -> torch.fx.Node:
+        """Return ``value`` (a node or a number) with the shape and element type of ``victim``."""
+        like = victim.meta["val"]
+        if not isinstance(value, torch.fx.Node):
+            return self._call(node, aten.full_like.default, (self.current(victim), value))
+        source = self.current(value)
+        if source.meta["val"].dtype != like.dtype:
+            source = self._call(node, aten.to.dtype, (source, like.dtype))
+        if source.meta["val"].shape != like.shape:
+            source = self._call(node, aten.expand_as.default, (source, self.current(victim)))
+        return source
+
+    def _write(self, victim: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> None:
+        """Make ``value`` the content of ``victim``, up to the base whose memory it is."""
+        base = self.base_of[victim]
+        while victim is not base:
+            parent = self.parent_of[victim]
+            view = self._view(victim)
+            if view is not None and view.target is operator.getitem:
+                value, parent = self._put_part(view, parent, value, at), arg(parent, "self")
+            elif view is not None:
+                value = self._scatter(view, parent, value, at)
+            victim = parent
+        self._check_writable(base, at)
+        self.new[base] = value
+        self.version[base] += 1
+        self.seen[base] = self.version[base]
+        if base.op == "get_attr":
+            self.written[base] = at
+
+    def _put_part(self, part: torch.fx.Node, parts: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+        """Return what was split into ``parts``, with ``value`` in the place of one of them."""
+        inverse = _PART_INVERSES.get(_schema_name(parts))
+        if inverse is None:
+            raise self._refusal(at, f"it writes into a result of {parts.target}, which has no inverse", view=source_line(parts))
+        return inverse(self, parts, int(part.args[1]), value, at)
+
+    def _scatter(self, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+        """Return the parent with ``value`` in the place that ``view`` looks at."""
+        name = _schema_name(view)
+        if name in _SAME_ELEMENTS and view.meta["val"].shape == parent.meta["val"].shape:
+            return value
+        if name in _RESHAPING:
+            return self._call(at, aten.reshape.default, (value, self._sizes(parent, at)))
+        inverse_view = _VIEW_INVERSES.get(name)
+        if inverse_view is None:
+            raise self._refusal(at, f"it writes into a view made by {view.target}, which has no inverse", view=source_line(view))
+        return inverse_view(self, view, parent, value, at)
+
+    def _sizes(self, node: torch.fx.Node, at: torch.fx.Node) -> list[Any]:
+        """Return the sizes of a value as arguments: integers, or sym_size nodes for dynamic ones."""
+        return [
+            size if isinstance(size, int) else self._call(at, aten.sym_size.int, (self.current(node), axis))
+            for axis, size in enumerate(node.meta["val"].shape)
+        ]
+
+    def _call(self, at: torch.fx.Node, target: OpOverload, args: Any, kwargs: Any = None) -> torch.fx.Node:
+        node = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
+        node.meta = {key: at.meta[key] for key in ("stack_trace", "nn_module_stack", "torch_fn") if key in at.meta}
+        node.meta["val"] = fake_call(target, node.args, node.kwargs)
+        return node
+
+    def _check_writable(self, base: torch.fx.Node, at: torch.fx.Node) -> None:
+        if base.op == "placeholder":
+            raise self._refusal(at, f"it writes into the model's input {base.name!r}, and the caller would see that")
+        if base.op == "get_attr" and self.kinds.get(str(base.target)) == "parameter":
+            raise self._refusal(at, f"it writes into the parameter {base.target!r}, which only an optimizer may")
+        if base.op == "get_attr" and self.kinds.get(str(base.target)) != "buffer":
+            raise self._refusal(at, f"it writes into the tensor {base.target!r}; register it as a buffer, so that it is saved")
+
+    def _write_buffers(self) -> None:
+        for base, at in self.written.items():
+            target = self.graph.get_attr(str(base.target))
+            target.meta = dict(base.meta)
+            update = self._call(at, UPDATE_BUFFER, (target, self.new[base], True))
+            update.meta["val"] = None
+
+    def _refusal(self, node: torch.fx.Node, reason: str, **rows: str | None) -> CaptureError:
+        target = node.target._schema.name.removeprefix("aten::") if isinstance(node.target, OpOverload) else str(node.target)
+        return CaptureError(
+            describe(
+                f"in-place op {target!r} cannot become part of a functional graph: {reason}",
+                source=source_line(node) or "(unknown line)",
+                **rows,
+                try_="write into a copy: y = x.clone(), then modify y; or use the op that returns a new tensor",
+            )
+        )
+
+
+Inverse = Callable[[_Functionalizer, torch.fx.Node, torch.fx.Node, torch.fx.Node, torch.fx.Node], torch.fx.Node]
+
+
+def _inverse_slice(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    start, end = (torch.fx.map_arg(arg(view, name), f.current) for name in ("start", "end"))
+    return f._call(at, aten.slice_scatter.default, (f.current(parent), value, arg(view, "dim"), start, end, arg(view, "step")))
+
+
+def _inverse_narrow(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    start, length = arg(view, "start"), arg(view, "length")
+    if not isinstance(start, int) or not isinstance(length, int):
+        raise f._refusal(at, "it writes into a narrow() of dynamic size", view=source_line(view))
+    end = start + length if start + length != 0 else None
+    return f._call(at, aten.slice_scatter.default, (f.current(parent), value, arg(view, "dim"), start, end))
+
+
+def _inverse_select(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    index = torch.fx.map_arg(arg(view, "index"), f.current)
+    return f._call(at, aten.select_scatter.default, (f.current(parent), value, arg(view, "dim"), index))
+
+
+def _inverse_diagonal(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    places = tuple(arg(view, name) for name in ("offset", "dim1", "dim2"))
+    return f._call(at, aten.diagonal_scatter.default, (f.current(parent), value, *places))
+
+
+def _inverse_transpose(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    return f._call(at, view.target, (value, *view.args[1:]), view.kwargs)
+
+
+def _inverse_permute(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    rank = parent.meta["val"].ndim
+    dims = [d % rank for d in arg(view, "dims")]
+    return f._call(at, aten.permute.default, (value, [dims.index(d) for d in range(rank)]))
+
+
+def _inverse_movedim(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    return f._call(at, view.target, (value, arg(view, "destination"), arg(view, "source")))
+
+
+def _part_of_split(f: _Functionalizer, parts: torch.fx.Node, index: int, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    source = arg(parts, "self")
+    axis = arg(parts, "dim")
+    sizes = [part.shape[axis] for part in parts.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise f._refusal(at, f"it writes into a part of {parts.target} of dynamic size", view=source_line(parts))
+    start = sum(sizes[:index])
+    base = f.current(source)
+    return f._call(at, aten.slice_scatter.default, (base, value, axis, start, start + sizes[index]))
+
+
+def _part_of_unbind(f: _Functionalizer, parts: torch.fx.Node, index: int, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    source = arg(parts, "self")
+    return f._call(at, aten.select_scatter.default, (f.current(source), value, arg(parts, "dim"), index))
+
+
+_VIEW_INVERSES: dict[str, Inverse] = {
+    "aten::slice": _inverse_slice,
+    "aten::narrow": _inverse_narrow,
+    "aten::select": _inverse_select,
+    "aten::diagonal": _inverse_diagonal,
+    "aten::transpose": _inverse_transpose,
+    "aten::swapaxes": _inverse_transpose,
+    "aten::swapdims": _inverse_transpose,
+    "aten::t": _inverse_transpose,
+    "aten::numpy_T": _inverse_transpose,
+    "aten::mT": _inverse_transpose,
+    "aten::permute": _inverse_permute,
+    "aten::movedim": _inverse_movedim,
+}
+_PART_INVERSES = {
+    "aten::split": _part_of_split,
+    "aten::split_with_sizes": _part_of_split,
+    "aten::chunk": _part_of_split,
+    "aten::tensor_split": _part_of_split,
+    "aten::unbind": _part_of_unbind,
+}
+
+
+def _schema_name(node: torch.fx.Node) -> str:
+    return node.target._schema.name if isinstance(node.target, OpOverload) else ""
+
+
+def _storage(node: torch.fx.Node) -> StorageWeakRef | None:
+    found = node.meta.get("val")
+    if isinstance(found, list | tuple) and found and isinstance(found[0], torch.Tensor):
+        found = found[0]
+    return StorageWeakRef(found.untyped_storage()) if isinstance(found, torch.Tensor) else None
+
+
+def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
+    """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
+    from torch._guards import detect_fake_mode
+
+    fakes = torch.fx.map_arg((args, kwargs), lambda node: node.meta["val"])
+    mode = detect_fake_mode(fakes)
+    if mode is None:
+        return target(*fakes[0], **fakes[1])
+    with mode:
+        return target(*fakes[0], **fakes[1])

@@ -1,0 +1,181 @@
+"""Judge a rewritten graph by running it: on the samples, at the corners of the dynamic sizes, in both modes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+
+from fxopt.contracts import Contract
+from fxopt.dimensions import Sample
+from fxopt.graph_module import CapturedModule
+from fxopt.numerics import Reference, measure, reference, violation
+from fxopt.report import OutputError
+
+__all__ = ["Case", "Judge", "cases"]
+
+Check = Literal["all", "samples", "off"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run to judge by: inputs, what to call them, and the mode to run in."""
+
+    label: str
+    sample: Sample
+    training: bool
+
+
+def cases(gm: CapturedModule, check: Check) -> Iterator[Case]:
+    """Yield the runs: every sample; each dynamic size at 1, 2 and an odd number; the first sample in the other mode.
+
+    Sizes outside a dimension's range are left out.
+    """
+    if check == "off":
+        return
+    for index, sample in enumerate(gm.samples):
+        yield Case(f"sample {index}", sample, gm.training)
+    if check == "all" and gm.samples:
+        first = gm.samples[0]
+        now = gm.sizes_of(gm.flatten_inputs(*first.args, **first.kwargs))
+        for name, dimension in gm.dims.items():
+            for size in (1, 2, 3 if now.get(name) != 3 else 5):
+                if dimension.allows(size) and now.get(name) != size:
+                    yield Case(f"{name} = {size}", gm.resized({name: size}), gm.training)
+    if gm.modes == "both" and gm.samples and _depends_on_mode(gm):
+        yield Case(f"sample 0 in {'eval' if gm.training else 'train'} mode", gm.samples[0], not gm.training)
+
+
+def _depends_on_mode(gm: CapturedModule) -> bool:
+    return any("modes" in node.meta for node in gm.graph.nodes)
+
+
+class Judge:
+    """Holds what the graph yielded before, and compares.
+
+    Attributes:
+        refused: Cases that the graph itself cannot run, such as batch norm in training on one sample, with the reason.
+    """
+
+    def __init__(self, gm: CapturedModule, check: Check) -> None:
+        self.refused: list[str] = []
+        self._check = check
+        self._cases: list[Case] = list(cases(gm, check))
+        self._original: list[tuple[Any, ...] | None] | None = None
+        self._latest: list[tuple[Any, ...] | None] = []
+        self._references: dict[int, Reference] = {}
+        self._gm = gm
+
+    def judge(self, candidate: CapturedModule, contract: Contract, *, evaluation_only: bool) -> tuple[str | None, list[tuple[Any, ...] | None]]:
+        """Return how ``candidate`` breaks the contract, or None, and what it yielded for each case."""
+        self._prepare()
+        yielded: list[tuple[Any, ...] | None] = []
+        for index, case in enumerate(self._cases):
+            want = self._latest[index]
+            if want is None or (case.training and (evaluation_only or contract.kind == "TRAINING")):
+                yielded.append(None)
+                continue
+            try:
+                got = _run(candidate, case)
+            except Exception as error:
+                return f"on {case.label}: the rewritten graph cannot run: {type(error).__name__}: {str(error)[:400]}", yielded
+            problem = self._compare(index, contract, want, got)
+            if problem:
+                return f"on {case.label}: {problem}", yielded
+            yielded.append(got)
+        return None, yielded
+
+    def accept(self, candidate: CapturedModule, contract: Contract, yielded: list[tuple[Any, ...] | None]) -> tuple[OutputError, ...]:
+        """Take ``candidate`` as the graph that later ones are compared with; return its error against the first one."""
+        if not yielded:
+            return ()
+        self._gm = candidate
+        self._latest = [new if new is not None else None for new in yielded]
+        if contract.kind == "LOSSY":
+            self._references.clear()
+        return self._errors()
+
+    @property
+    def runs(self) -> int:
+        """Number of cases that can be run."""
+        return sum(outputs is not None for outputs in self._latest)
+
+    def _prepare(self) -> None:
+        if self._original is not None:
+            return
+        self._original = []
+        for case in self._cases:
+            try:
+                self._original.append(_run(self._gm, case))
+            except Exception as error:
+                self._original.append(None)
+                self.refused.append(f"not checked on {case.label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}")
+        self._latest = list(self._original)
+
+    def _compare(self, index: int, contract: Contract, want: tuple[Any, ...], got: tuple[Any, ...]) -> str | None:
+        if len(want) != len(got):
+            return f"{len(got)} outputs instead of {len(want)}"
+        plain = [violation(contract, w, g, noise=0.0) for w, g in zip(want, got, strict=True)]
+        if not any(plain):
+            return None
+        if contract.kind == "ROUNDING":
+            known = self._reference(index)
+            plain = [
+                violation(contract, w, g, p, n) for w, g, p, n in zip(want, got, known.precise, known.noise, strict=True)
+            ]
+        names = list(self._gm.output_names)
+        labels = [names.pop(0) if w is not None and names else f"#{i}" for i, w in enumerate(want)]
+        return next((f"output {label!r}: {problem}" for label, problem in zip(labels, plain, strict=True) if problem), None)
+
+    def _reference(self, index: int) -> Reference:
+        """Return the float64 reference of a case.
+
+        It stays valid through exact and rounding passes: they compute the same function of real numbers.
+        """
+        if index not in self._references:
+            outputs = self._latest[index]
+            assert outputs is not None
+            case = self._cases[index]
+            with _in_mode(self._gm, case.training):
+                leaves = self._gm.flatten_inputs(*case.sample.args, **case.sample.kwargs)
+                self._references[index] = reference(self._gm, outputs, leaves)
+        return self._references[index]
+
+    def _errors(self) -> tuple[OutputError, ...]:
+        assert self._original is not None
+        worst: dict[str, OutputError] = {}
+        for before, after in zip(self._original, self._latest, strict=True):
+            if before is None or after is None:
+                continue
+            tensors = [(b, a) for b, a in zip(before, after, strict=True) if b is not None]
+            for name, (b, a) in zip(self._gm.output_names, tensors, strict=False):
+                if isinstance(b, torch.Tensor) and isinstance(a, torch.Tensor) and a.shape == b.shape:
+                    found = measure(b, a)
+                    if name not in worst or found.max_abs > worst[name].max_abs:
+                        worst[name] = OutputError(name, found.max_abs, found.sqnr_db)
+        return tuple(worst.values())
+
+
+class _in_mode:
+    """Run a graph in a mode, and put it back."""
+
+    def __init__(self, gm: CapturedModule, training: bool) -> None:
+        self.gm, self.training, self.before = gm, training, gm.training
+
+    def __enter__(self) -> None:
+        if self.training != self.before:
+            self.gm.train(self.training)
+
+    def __exit__(self, *unused: object) -> None:
+        if self.training != self.before:
+            self.gm.train(self.before)
+
+
+def _run(gm: CapturedModule, case: Case) -> tuple[Any, ...]:
+    from fxopt.capture import isolated
+
+    with _in_mode(gm, case.training), isolated(gm):
+        copy = case.sample.clone()
+        return gm.flat_outputs(*copy.args, **copy.kwargs)

@@ -1,0 +1,195 @@
+"""One graph for training and evaluation, made from a trace of each.
+
+The two traces are aligned, nodes that correspond become one node, and what differs is recorded:
+
+    a scalar argument      node.meta["modes"] = {"training": (True, False)}, set by train() and eval()
+    a value                fxopt.select_mode(train, eval, training)
+    an effect of one mode  fxopt.update_buffer(..., active)
+
+So nothing is assumed about which operators have a training flag: dropout, batch norm, the ``dropout_p`` of attention
+and a model's own ``if self.training`` are all found by the same comparison, and their values are those of the trace.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+
+from fxopt.args import argument_positions, module_path, source_line
+from fxopt.effects import is_random
+from fxopt.functionalize import fake_call
+from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
+
+__all__ = ["Unmergeable", "merge_modes"]
+
+
+class Unmergeable(Exception):
+    """The two traces differ in a way that one graph cannot hold; the text says how."""
+
+
+def merge_modes(first: torch.fx.Graph, second: torch.fx.Graph, *, first_trains: bool, same_tensor: dict[str, str]) -> torch.fx.Graph:
+    """Return one graph for both modes, set to the mode of ``first``.
+
+    Args:
+        first, second: Clean traces of one model in its two modes.
+        first_trains: Whether ``first`` is the trace of training mode.
+        same_tensor: For constants of ``second``: the attribute name to read them by.
+
+    Raises:
+        Unmergeable: outputs differ in number or type, or a step happens in one mode in a way that cannot be skipped.
+    """
+    return _Merger(first, second, first_trains, same_tensor).run()
+
+
+class _Merger:
+    def __init__(self, first: torch.fx.Graph, second: torch.fx.Graph, first_trains: bool, same_tensor: dict[str, str]) -> None:
+        self.traces = (first, second)
+        self.first_trains = first_trains
+        self.same_tensor = same_tensor
+        self.graph = torch.fx.Graph(tracer_cls=first._tracer_cls)
+        self.graph.set_codegen(first._codegen)
+        self.merged: tuple[dict[torch.fx.Node, torch.fx.Node], dict[torch.fx.Node, torch.fx.Node]] = ({}, {})
+        self.selected: dict[tuple[torch.fx.Node, torch.fx.Node], torch.fx.Node] = {}
+
+    def run(self) -> torch.fx.Graph:
+        nodes = [list(trace.nodes) for trace in self.traces]
+        keys = [[self._key(node, which) for node in trace] for which, trace in enumerate(nodes)]
+        for tag, a0, a1, b0, b1 in _opcodes(*keys):
+            if tag == "equal":
+                for a, b in zip(nodes[0][a0:a1], nodes[1][b0:b1], strict=True):
+                    self._both(a, b)
+            else:
+                for a in nodes[0][a0:a1]:
+                    self._only(a, 0)
+                for b in nodes[1][b0:b1]:
+                    self._only(b, 1)
+        return self.graph
+
+    def _key(self, node: torch.fx.Node, which: int) -> tuple[str, ...]:
+        target = str(node.target)
+        if node.op == "get_attr":
+            return (node.op, self.same_tensor.get(target, target) if which else target)
+        return (node.op, target, module_path(node)) if node.op == "call_function" else (node.op, target)
+
+    def _both(self, a: torch.fx.Node, b: torch.fx.Node) -> None:
+        if a.op == "output":
+            self._outputs(a, b)
+            return
+        modes: dict[str, tuple[Any, Any]] = {}
+        args = tuple(self._argument(a, i, x, y, modes) for i, (x, y) in enumerate(_zip(a, a.args, b.args)))
+        kwargs = {k: self._argument(a, k, x, b.kwargs.get(k), modes) for k, x in a.kwargs.items()}
+        if set(a.kwargs) != set(b.kwargs):
+            raise Unmergeable(f"{a.target} is called with other keywords in each mode, at {source_line(a)}")
+        node = self.graph.create_node(a.op, a.target, args, kwargs, a.name, a.type)
+        node.meta = dict(a.meta)
+        if modes:
+            node.meta["modes"] = modes
+        self.merged[0][a] = self.merged[1][b] = node
+
+    def _argument(self, node: torch.fx.Node, place: int | str, x: Any, y: Any, modes: dict[str, tuple[Any, Any]]) -> Any:
+        if isinstance(x, torch.fx.Node) and isinstance(y, torch.fx.Node):
+            return self._value(self.merged[0][x], self.merged[1][y], node)
+        if isinstance(x, list | tuple) and isinstance(y, list | tuple) and len(x) == len(y):
+            return type(x)(self._argument(node, place, p, q, modes) for p, q in zip(x, y, strict=True))
+        if type(x) is type(y) and (x == y or (x != x and y != y)):
+            return x
+        if isinstance(x, bool | int | float) and isinstance(y, bool | int | float) and isinstance(node.target, OpOverload):
+            modes[_argument_name(node.target, place)] = (x, y) if self.first_trains else (y, x)
+            return x
+        raise Unmergeable(f"{node.target} gets {x} in one mode and {y} in the other, at {source_line(node)}")
+
+    def _value(self, x: torch.fx.Node, y: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+        if x is y:
+            return x
+        if (x, y) not in self.selected:
+            a, b = x.meta.get("val"), y.meta.get("val")
+            tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+            if not tensors or a.dtype != b.dtype or [str(s) for s in a.shape] != [str(s) for s in b.shape]:
+                raise Unmergeable(f"{x.name} and {y.name} are of different types in the two modes, at {source_line(at)}")
+            train, evaluation = (x, y) if self.first_trains else (y, x)
+            node = self.graph.call_function(SELECT_MODE, (train, evaluation, self.first_trains))
+            node.meta = {key: item for key, item in x.meta.items() if key != "modes"}
+            node.meta["modes"] = {"training": (True, False)}
+            self.selected[x, y] = node
+        return self.selected[x, y]
+
+    def _only(self, node: torch.fx.Node, which: int) -> None:
+        """Copy a node that one mode alone has; where it has an effect, the effect happens in that mode alone."""
+        trains = self.first_trains == (which == 0)
+        if node.op in ("placeholder", "output"):
+            raise Unmergeable(f"{node.op} {node.name} exists in one mode only")
+        if not trains and is_random(node):
+            raise Unmergeable(f"{node.target} draws random numbers in eval mode only, at {source_line(node)}")
+        target = node.target
+        if node.op == "get_attr" and which == 1:
+            target = self.same_tensor.get(str(target), target)
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda old: self.merged[which][old])
+        copy = self.graph.create_node(node.op, target, args, kwargs, node.name, node.type)
+        copy.meta = {key: item for key, item in node.meta.items() if key != "val"} if which == 1 else dict(node.meta)
+        if which == 1 and node.op == "call_function":
+            # Values of the second trace belong to another shape environment, and must not be mixed with the first's.
+            copy.meta["val"] = fake_call(target, copy.args, copy.kwargs)
+        elif which == 1:
+            copy.meta["val"] = _same_in(self.traces[0], node.meta.get("val"))
+        self._guard_effect(copy, trains, active=which == 0)
+        self.merged[which][node] = copy
+
+    def _guard_effect(self, node: torch.fx.Node, trains: bool, active: bool) -> None:
+        flag = "active" if node.target is UPDATE_BUFFER else "training" if _has_training(node) else None
+        if flag is None:
+            return
+        position = argument_positions(node.target)[flag][0]
+        assert position is not None
+        was = node.args[position]
+        node.meta["modes"] = {flag: (was, False) if trains else (False, was)}
+        node.update_arg(position, was if active else False)
+
+    def _outputs(self, a: torch.fx.Node, b: torch.fx.Node) -> None:
+        x, y = a.args[0], b.args[0]
+        if len(x) != len(y):
+            raise Unmergeable(f"the model returns {len(x)} values in one mode and {len(y)} in the other")
+        modes: dict[str, tuple[Any, Any]] = {}
+        results = tuple(self._argument(a, 0, p, q, modes) for p, q in zip(x, y, strict=True))
+        self.graph.output(results).meta = dict(a.meta)
+
+
+def _zip(node: torch.fx.Node, x: Any, y: Any) -> list[tuple[Any, Any]]:
+    if len(x) != len(y):
+        raise Unmergeable(f"{node.target} has {len(x)} arguments in one mode and {len(y)} in the other, at {source_line(node)}")
+    return list(zip(x, y, strict=True))
+
+
+def _argument_name(target: OpOverload, place: int | str) -> str:
+    return place if isinstance(place, str) else target._schema.arguments[place].name
+
+
+def _has_training(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.target, OpOverload) and "training" in argument_positions(node.target)
+
+
+def _same_in(graph: torch.fx.Graph, fake: Any) -> Any:
+    """Return a fake tensor like ``fake`` in the fake mode of ``graph``: for constants, whose sizes are integers."""
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode([node.meta["val"] for node in graph.nodes if "val" in node.meta])
+    if mode is None or not isinstance(fake, torch.Tensor):
+        return fake
+    with mode:
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad)
+
+
+def _opcodes(a: list[Any], b: list[Any]) -> list[tuple[str, int, int, int, int]]:
+    """Return how to turn ``a`` into ``b``, as difflib does, without its quadratic cost on the equal ends."""
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    end = 0
+    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+        end += 1
+    middle = difflib.SequenceMatcher(None, a[start : len(a) - end], b[start : len(b) - end], autojunk=False)
+    codes = [("equal", 0, start, 0, start)]
+    codes += [(tag, a0 + start, a1 + start, b0 + start, b1 + start) for tag, a0, a1, b0, b1 in middle.get_opcodes()]
+    return [*codes, ("equal", len(a) - end, len(a), len(b) - end, len(b))]

@@ -1,0 +1,50 @@
+"""The front door: ``fxopt.optimize``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from fxopt.capture import capture
+from fxopt.graph_module import CapturedModule
+from fxopt.judge import Check
+from fxopt.manager import PassManager
+
+__all__ = ["optimize"]
+
+
+def optimize(
+    model: torch.nn.Module | torch.export.ExportedProgram | Callable[..., Any],
+    passes: str | Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+    check: Check = "all",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> CapturedModule:
+    """Capture ``model``, run passes over its graph, and return the graph with its ``report``.
+
+    The model itself is left alone, but for the parameters that the graph shares with it.
+
+    Args:
+        model: A module, a GraphModule, an ExportedProgram, a function of tensors, or an already captured graph.
+        passes: Names with options, pass instances, torch passes, functions of a GraphModule, or one comma-separated
+            text. If not given, ``fxopt.passes.DEFAULT``: the lossless clean-up.
+        example_inputs, dynamic_shapes: See :func:`fxopt.capture`.
+        strict: Raise at the first pass that fails or breaks its contract, instead of leaving it out of the result.
+        check: How much to run for checking: ``"all"``, ``"samples"`` or ``"off"``. See :class:`fxopt.PassManager`.
+        progress: Called before each pass with its index, the number of passes, and its name.
+
+    Raises:
+        CaptureError: the model cannot become one graph.
+        PassError: a pass or an option is unknown, the order is impossible, or, with ``strict``, a pass failed.
+    """
+    if passes is None:
+        passes = importlib.import_module("fxopt.passes").DEFAULT
+    # A misspelt pass must fail before minutes of tracing, so the list is read first.
+    manager = PassManager(passes, strict=strict, check=check, progress=progress)
+    return manager.run(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))

@@ -1,0 +1,434 @@
+"""The one way in which a pass changes a graph.
+
+Every change goes through a method of :class:`Rewriter`, which records it with its reason, gives new nodes their value,
+source line and provenance, and drops what became dead. A pass therefore cannot report something else than it did.
+
+Each node that ``calls()`` or ``nodes()`` hands out is one *site*: the changes made until the next node is asked for
+belong to it, and the pass manager can run the pass again with some sites left out, to find the one that is guilty.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch._guards import detect_fake_mode
+
+from fxopt.args import argument_positions, dtype, shape, shape_text, source_line, value
+from fxopt.effects import has_effect
+from fxopt.errors import InvariantError, PassError, describe
+from fxopt.functionalize import fake_call
+from fxopt.graph_module import CapturedModule, Provenance, graph_modules
+
+__all__ = ["Change", "Rewriter", "Skip"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One change of a graph.
+
+    Attributes:
+        kind: ``replaced``, ``inserted``, ``erased``, ``argument``, ``constant``, ``tensor`` or ``adopted``.
+        node: Name of the node that was changed.
+        why: Reason, as the pass gave it.
+        site: Name of the node at which the pass was working; empty if at none.
+        source: The user's line behind the node.
+        pass_name: The pass.
+    """
+
+    kind: str
+    node: str
+    why: str
+    site: str = ""
+    source: str | None = None
+    pass_name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Skip:
+    """A node that a pass looked at and left alone, and why."""
+
+    node: str
+    why: str
+    source: str | None = None
+    pass_name: str = ""
+
+
+class Rewriter:
+    """Reads and changes one graph on behalf of one pass.
+
+    Attributes:
+        gm: The graph under change; to be read, not written.
+        changes: What was done, in order.
+        skips: What was refused, with reasons.
+    """
+
+    def __init__(self, gm: CapturedModule, pass_name: str, *, only: Collection[str] | None = None) -> None:
+        """Args: gm: changed in place. pass_name: for the record. only: names of the sites to hand out; all if None."""
+        self.gm = gm
+        self.pass_name = pass_name
+        self.changes: list[Change] = []
+        self.skips: list[Skip] = []
+        self._only = None if only is None else frozenset(only)
+        self._site = ""
+        self._attributes = {name for name, _ in _named_tensors(gm)}
+        self._removable = read_attributes(gm)
+        self._fake_mode: Any = None
+        self._touched: set[torch.fx.GraphModule] = set()
+
+    # ---- reading
+
+    def nodes(self) -> Iterator[torch.fx.Node]:
+        """Yield every node but placeholders and outputs, in order, inner graphs included; each is one site.
+
+        The list is taken at the start: nodes made meanwhile are not visited, nodes erased meanwhile neither.
+        """
+        for module in graph_modules(self.gm):
+            for node in list(module.graph.nodes):
+                if node._erased or node.op in ("placeholder", "output"):
+                    continue
+                site = self.site_name(node)
+                if self._only is not None and site not in self._only:
+                    continue
+                outer, self._site = self._site, site
+                yield node
+                self._site = outer
+
+    def calls(self, *targets: Any) -> Iterator[torch.fx.Node]:
+        """Yield the calls of any of ``targets``; each is one site. See :meth:`nodes`."""
+        wanted = frozenset(targets)
+        for module in graph_modules(self.gm):
+            for node in list(module.graph.nodes):
+                if node._erased or node.op != "call_function" or node.target not in wanted:
+                    continue
+                site = self.site_name(node)
+                if self._only is not None and site not in self._only:
+                    continue
+                outer, self._site = self._site, site
+                yield node
+                self._site = outer
+
+    def site_name(self, node: torch.fx.Node) -> str:
+        """Return the name that stands for the node across reruns of the pass."""
+        owner = node.graph.owning_module
+        return node.name if owner is self.gm else f"{id(owner.graph) if owner is None else _path_of(self.gm, owner)}/{node.name}"
+
+    def value(self, node: torch.fx.Node) -> Any:
+        """Return what the node yields: a FakeTensor, a SymInt or number, or a tuple of these."""
+        return value(node)
+
+    def dtype(self, node: torch.fx.Node) -> torch.dtype:
+        """Return the element type of the node's tensor."""
+        return dtype(node)
+
+    def shape(self, node: torch.fx.Node) -> torch.Size:
+        """Return the shape of the node's tensor; dynamic sizes are SymInts."""
+        return shape(node)
+
+    def tensor(self, node: torch.fx.Node) -> torch.Tensor:
+        """Return the tensor behind a ``get_attr`` node.
+
+        Raises:
+            TypeError: the node reads no attribute, or one that is not a tensor.
+        """
+        if node.op != "get_attr":
+            raise TypeError(f"{node.name} is a {node.op}, not the read of an attribute")
+        found = _get(_owner(node), str(node.target))
+        if not isinstance(found, torch.Tensor):
+            raise TypeError(f"{node.name} reads {node.target!r}, which is a {type(found).__name__}")
+        return found
+
+    # ---- changing
+
+    def replace_value(self, node: torch.fx.Node, new: torch.fx.Node, *, why: str) -> None:
+        """Let every reader of ``node`` read ``new`` instead, and erase what nobody reads any more.
+
+        Raises:
+            PassError: element type, rank or a fixed size differ.
+        """
+        self._check_same_type(node, new)
+        self._record("replaced", node, why)
+        node.replace_all_uses_with(new)
+        self._erase_dead([node])
+
+    def replace_call(
+        self, node: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, why: str, sources: Sequence[torch.fx.Node] = ()
+    ) -> torch.fx.Node:
+        """Compute the value of ``node`` by another call, which takes over its name, and return that call.
+
+        Args:
+            node: The node to replace.
+            target, args, kwargs: The new call; the arguments are nodes, numbers and lists of these.
+            why: Reason, for the report.
+            sources: Other nodes that went into the new one, for its provenance.
+
+        Raises:
+            PassError: element type, rank or a fixed size of the result differ.
+        """
+        new = self._call(node, target, args, kwargs, [node, *sources])
+        self._check_same_type(node, new)
+        self._record("replaced", node, why)
+        node.replace_all_uses_with(new)
+        name = node.name
+        self._erase_dead([node])
+        if node._erased:
+            new.name = name
+        return new
+
+    def insert_call(
+        self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, before: torch.fx.Node, why: str, sources: Sequence[torch.fx.Node] = ()
+    ) -> torch.fx.Node:
+        """Insert a call before ``before`` and return it; ``sources`` default to ``before``."""
+        new = self._call(before, target, args, kwargs, list(sources) or [before])
+        self._record("inserted", new, why)
+        return new
+
+    def set_arg(self, node: torch.fx.Node, name: str, new: Any, *, why: str) -> None:
+        """Set the argument ``name`` (by operator schema) of a call, and bring its value up to date."""
+        position = argument_positions(node.target)[name][0]
+        old = list(node.all_input_nodes)
+        if position is None or name in node.kwargs:
+            node.update_kwarg(name, new)
+        elif position < len(node.args):
+            node.update_arg(position, new)
+        else:
+            node.update_kwarg(name, new)
+        node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+        self._record("argument", node, why)
+        self._erase_dead(old)
+
+    def replace_input(self, node: torch.fx.Node, old: torch.fx.Node, new: torch.fx.Node, *, why: str) -> None:
+        """Let ``node`` alone read ``new`` where it read ``old``, and bring its value up to date."""
+        node.replace_input_with(old, new)
+        if node.op == "call_function":
+            node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
+        self._record("argument", node, why)
+        self._erase_dead([old])
+
+    def erase(self, node: torch.fx.Node, *, why: str) -> None:
+        """Erase a node that nobody reads, and what only it read.
+
+        Raises:
+            PassError: the node is read, or has an effect.
+        """
+        if node.users or has_effect(node):
+            reason = f"it is read by {', '.join(user.name for user in node.users)}" if node.users else "it has an effect"
+            raise PassError(f"{self.pass_name} cannot erase {node.name}: {reason}")
+        self._record("erased", node, why)
+        self._erase_dead([node])
+
+    def discard(self, node: torch.fx.Node, *, why: str) -> None:
+        """Erase a node that nobody reads although it has an effect, and what only it read.
+
+        Raises:
+            PassError: the node is read.
+        """
+        if node.users:
+            raise PassError(f"{self.pass_name} cannot discard {node.name}: it is read by {', '.join(user.name for user in node.users)}")
+        self._record("erased", node, why)
+        inputs = list(node.all_input_nodes)
+        node.graph.erase_node(node)
+        self._erase_dead(inputs)
+
+    def constant(self, name: str, tensor: torch.Tensor, *, near: torch.fx.Node, trainable: bool = False, why: str = "") -> torch.fx.Node:
+        """Add a tensor to the graph and return the node that reads it.
+
+        Args:
+            name: Wanted dotted name; made unique, and fit to be an attribute.
+            tensor: The tensor; becomes a parameter if ``trainable``, else a buffer.
+            near: Node before which the read is placed.
+        """
+        owner = _owner(near)
+        path = self._fresh_name(name)
+        from fxopt.capture import attach
+
+        attach(owner, path, torch.nn.Parameter(tensor.detach()) if trainable else tensor.detach())
+        self._attributes.add(path)
+        self._removable.add(path)
+        with near.graph.inserting_before(near):
+            node = near.graph.get_attr(path)
+        node.meta["val"] = self._fake(tensor, near)
+        self._annotate(node, [near])
+        self._record("constant", node, why or f"added {shape_text(tensor)}")
+        return node
+
+    def set_tensor(self, node: torch.fx.Node, tensor: torch.Tensor, *, why: str) -> None:
+        """Bind the attribute that ``node`` reads to another tensor; it stays a parameter if it is one.
+
+        The old tensor is not written: the graph before the pass still holds it.
+        """
+        path, owner = str(node.target), _owner(node)
+        *parents, leaf = path.split(".")
+        for part in parents:
+            owner = owner._modules[part]  # type: ignore[assignment]
+        old = self.tensor(node)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
+        else:
+            owner._buffers[leaf] = tensor.detach()
+        for reader in node.graph.nodes:
+            if reader.op == "get_attr" and reader.target == node.target:
+                reader.meta["val"] = self._fake(tensor, node)
+        self._record("tensor", node, why)
+
+    def skip(self, node: torch.fx.Node, reason: str) -> None:
+        """Record that the pass looked at ``node`` and left it alone."""
+        self.skips.append(Skip(node.name, reason, source_line(node), self.pass_name))
+
+    def adopt(self, other: torch.fx.GraphModule, *, why: str) -> None:
+        """Take over the graph and tensors that somebody else's pass returned."""
+        from fxopt.foreign import adopt
+
+        for kind, node, source in adopt(self.gm, other):
+            self.changes.append(Change(kind, node, why, "", source, self.pass_name))
+        self._touched.add(self.gm)
+
+    def drop_unread_attributes(self, *, why: str) -> None:
+        """Remove every parameter and buffer that no graph reads, those that were never read included."""
+        for name in remove_unread(self.gm, self._attributes):
+            self.changes.append(Change("erased", name, why, "", None, self.pass_name))
+
+    def finish(self) -> None:
+        """Bring code and attributes in line with the graph. The pass manager calls this once, after the pass."""
+        if not self.changes:
+            return
+        remove_unread(self.gm, self._removable)
+        for module in graph_modules(self.gm):
+            if module in self._touched or module is self.gm:
+                module.recompile()
+
+    # ---- inside
+
+    def _call(self, at: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, sources: Sequence[torch.fx.Node]) -> torch.fx.Node:
+        with at.graph.inserting_before(at):
+            new = at.graph.call_function(target, tuple(args), dict(kwargs or {}))
+        try:
+            new.meta["val"] = fake_call(target, new.args, new.kwargs)
+        except Exception as error:
+            got = ", ".join(f"{n.name}: {shape_text(value(n))}" for n in new.all_input_nodes)
+            at.graph.erase_node(new)
+            raise PassError(
+                describe(f"{self.pass_name} builds a call of {target} that cannot run: {error}", got=got, source=source_line(at))
+            ) from error
+        self._annotate(new, sources)
+        return new
+
+    def _annotate(self, node: torch.fx.Node, sources: Sequence[torch.fx.Node]) -> None:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in sources[0].meta:
+                node.meta[key] = sources[0].meta[key]
+        origins: dict[str, None] = {}
+        for source in sources:
+            made = source.meta.get("fxopt")
+            origins.update(dict.fromkeys(made.sources if made else (source.name,)))
+        node.meta["fxopt"] = Provenance(self.pass_name, tuple(origins))
+
+    def _record(self, kind: str, node: torch.fx.Node, why: str) -> None:
+        owner = node.graph.owning_module
+        if owner is not None:
+            self._touched.add(owner)
+        self.changes.append(Change(kind, node.name, why, self._site, source_line(node), self.pass_name))
+
+    def _check_same_type(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        a, b = old.meta.get("val"), new.meta.get("val")
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            return
+        sizes_differ = a.ndim != b.ndim or any(
+            isinstance(p, int) and isinstance(q, int) and p != q for p, q in zip(a.shape, b.shape, strict=False)
+        )
+        if a.dtype != b.dtype or sizes_differ:
+            raise PassError(
+                describe(
+                    f"{self.pass_name} replaces {old.name} by a value of another type",
+                    source=source_line(old),
+                    got=f"{new.name}: {shape_text(b)}",
+                    wanted=shape_text(a),
+                )
+            )
+
+    def _erase_dead(self, candidates: list[torch.fx.Node]) -> None:
+        stack = list(candidates)
+        while stack:
+            node = stack.pop()
+            if node._erased or node.users or has_effect(node):
+                continue
+            inputs = list(node.all_input_nodes)
+            node.graph.erase_node(node)
+            stack.extend(inputs)
+
+    def _fresh_name(self, name: str) -> str:
+        parts = ["".join(c if c.isalnum() else "_" for c in part) or "constant" for part in name.split(".")]
+        path, count = ".".join(parts), 0
+        while path in self._attributes or hasattr_path(self.gm, path):
+            count += 1
+            path = ".".join(parts) + f"_{count}"
+        return path
+
+    def _fake(self, tensor: torch.Tensor, near: torch.fx.Node) -> Any:
+        if self._fake_mode is None:
+            self._fake_mode = detect_fake_mode([n.meta["val"] for n in near.graph.nodes if "val" in n.meta])
+        if self._fake_mode is None:
+            return tensor
+        return self._fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+
+
+def _owner(node: torch.fx.Node) -> torch.nn.Module:
+    owner = node.graph.owning_module
+    if owner is None:
+        raise InvariantError(f"the graph of {node.name} belongs to no module")
+    return owner
+
+
+def _path_of(root: torch.nn.Module, wanted: torch.nn.Module) -> str:
+    return next(name for name, module in root.named_modules() if module is wanted)
+
+
+def _get(root: torch.nn.Module, path: str) -> Any:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def hasattr_path(root: torch.nn.Module, path: str) -> bool:
+    """Return whether ``root`` has something under a dotted path."""
+    try:
+        _get(root, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _named_tensors(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from root.named_parameters(remove_duplicate=False)
+    yield from root.named_buffers(remove_duplicate=False)
+
+
+def read_attributes(gm: torch.fx.GraphModule) -> set[str]:
+    """Return the dotted name of every attribute that the graph, or a graph inside it, reads."""
+    found: set[str] = set()
+    for name, module in gm.named_modules():
+        if isinstance(module, torch.fx.GraphModule):
+            prefix = f"{name}." if name else ""
+            found |= {prefix + str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    return found
+
+
+def remove_unread(gm: CapturedModule, names: Collection[str]) -> list[str]:
+    """Remove those of the named tensors that no graph reads, and containers that became empty; return their names."""
+    read = read_attributes(gm)
+    removed = [name for name in names if name not in read and hasattr_path(gm, name)]
+    for name in removed:
+        *parents, leaf = name.split(".")
+        chain: list[torch.nn.Module] = [gm]
+        for part in parents:
+            chain.append(chain[-1]._modules[part])  # type: ignore[arg-type]
+        delattr(chain[-1], leaf)
+        for depth in range(len(parents), 0, -1):
+            module = chain[depth]
+            if isinstance(module, torch.fx.GraphModule) or module._parameters or module._buffers or module._modules:
+                break
+            del chain[depth - 1]._modules[parents[depth - 1]]
+    return removed

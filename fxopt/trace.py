@@ -1,0 +1,314 @@
+"""Trace a module with torch.export and hand out a clean functional ATen graph.
+
+Clean means: no in-place op, no metadata assertion or guard call, gradient-mode regions inlined, constants that the
+trace copies before use read directly, recurrent layers whole whatever the length of the sequence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from fxopt.dimensions import Sample, bind_arguments, enlarged, named_dynamic_shapes
+from fxopt.errors import CaptureError, FxoptError, describe
+from fxopt.functionalize import fake_call, functionalize
+from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
+
+__all__ = ["Trace", "trace", "unlift", "user_location"]
+
+aten = torch.ops.aten
+_CORE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclasses.dataclass
+class Trace:
+    """A clean graph, the tensors it reads, and what is known of its dynamic sizes.
+
+    Attributes:
+        graph: Functional ATen graph; its attribute names are those of the model.
+        root: Module that holds every attribute that the graph reads, and the graphs of control flow.
+        constants: Tensors that are neither parameter nor buffer of the model, by attribute name.
+        ranges: ``{symbol: (min, max or None)}`` of the dynamic sizes.
+        names: ``{symbol: user's name}`` where the user gave one.
+        training: Whether any module's ``training`` flag was read.
+    """
+
+    graph: torch.fx.Graph
+    root: torch.fx.GraphModule
+    constants: dict[str, torch.Tensor]
+    ranges: dict[str, tuple[int, int | None]]
+    names: dict[str, str]
+    training: bool = False
+
+
+def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
+    """Trace ``model`` in the mode that it is in.
+
+    Raises:
+        CaptureError: the model cannot become one graph; the message names the user's line and the reason.
+    """
+    arguments = bind_arguments(model.forward, sample)
+    shapes = named_dynamic_shapes(dynamic_shapes, arguments)
+    sample = enlarged(sample, arguments, shapes)
+    arguments = bind_arguments(model.forward, sample)
+    reads: list[str] = []
+    try:
+        with _quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
+            program = torch.export.export(
+                model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
+    except FxoptError:
+        raise
+    except Exception as error:
+        raise _explained(error) from error
+    found = unlift(program, _asked_names(shapes, program, arguments))
+    found.training = bool(reads)
+    return found
+
+
+def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None = None) -> Trace:
+    """Return the clean graph of an exported program, parameters and buffers as attributes."""
+    root = program.module(check_guards=False)
+    kinds = {name: "parameter" for name in program.graph_signature.parameters}
+    kinds |= {name: "buffer" for name in program.graph_signature.buffers}
+    ranges = {
+        str(symbol): (_bound(interval.lower) or 0, _bound(interval.upper)) for symbol, interval in program.range_constraints.items()
+    }
+    graph = root.graph
+    _inline_regions(root)
+    for node in list(graph.nodes):
+        if _is_noise(node):
+            graph.erase_node(node)
+    for module in root.modules():
+        if isinstance(module, torch.fx.GraphModule) and module is not root:
+            module.graph = functionalize(module.graph, {})
+    graph = functionalize(graph, kinds)
+    _restore_recurrent(graph)
+    _read_constants_directly(graph)
+    _drop_unread(graph)
+    constants = {
+        str(node.target): _attribute(root, str(node.target))
+        for node in graph.nodes
+        if node.op == "get_attr" and str(node.target) not in kinds
+    }
+    constants = {name: item for name, item in constants.items() if isinstance(item, torch.Tensor)}
+    return Trace(graph, root, constants, ranges, names or {})
+
+
+def _bound(limit: Any) -> int | None:
+    return int(limit) if limit.is_Integer and limit < 2**60 else None
+
+
+def _asked_names(shapes: Any, program: torch.export.ExportedProgram, arguments: dict[str, Any]) -> dict[str, str]:
+    """Return the user's name of each symbol: that of the Dim along whose axis the symbol stands."""
+    if shapes is None:
+        return {}
+    from fxopt.dimensions import dynamic_axes
+
+    # Leaves of the program's inputs come in the order of (args, kwargs), those of `arguments` in the signature's.
+    axes_of = {id(tensor): axes for tensor, axes in dynamic_axes(arguments, shapes)}
+    leaves = Sample(*program.example_inputs).leaves() if program.example_inputs else []
+    by_shape = [axes_of.get(id(leaf), {}) for leaf in leaves]
+    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    names: dict[str, str] = {}
+    for user, axes in zip(users, by_shape, strict=False):
+        for axis, dim in axes.items():
+            size = placeholders[user].meta["val"].shape[axis]
+            name = getattr(dim, "__name__", None)
+            if name and not isinstance(size, int) and size.node.expr.is_Symbol:
+                names.setdefault(str(size.node.expr), name)
+    return names
+
+
+def _is_noise(node: torch.fx.Node) -> bool:
+    if node.op == "call_module":
+        return str(node.target) == "_guards_fn"
+    return node.op == "call_function" and node.target in (aten._assert_tensor_metadata.default,)
+
+
+def _inline_regions(root: torch.fx.GraphModule) -> None:
+    """Replace gradient-mode and autocast regions by their bodies; a region without gradients detaches its results."""
+    higher = torch.ops.higher_order
+    for node in list(root.graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target is higher.wrap_with_set_grad_enabled:
+            enabled, body, *operands = node.args
+        elif node.target is higher.wrap_with_autocast:
+            device, _, active, _, body, *operands = node.args
+            if active:
+                raise CaptureError(
+                    describe(
+                        f"the model runs a part under torch.autocast({device!r}), which a graph of fixed precision cannot hold",
+                        source=node.meta.get("stack_trace", "").strip().splitlines()[-1:] or None,
+                        try_="capture the model without autocast, then lower the precision with a half-precision pass",
+                    )
+                )
+            enabled = True
+        else:
+            continue
+        inner = _attribute(root, str(body.target))
+        _inline_regions(inner)
+        results = _inline(root.graph, node, inner.graph, operands, detach=not enabled)
+        _replace_results(root.graph, node, results)
+        if not body.users:
+            root.graph.erase_node(body)
+
+
+def _inline(graph: torch.fx.Graph, at: torch.fx.Node, body: torch.fx.Graph, operands: list[Any], *, detach: bool) -> Any:
+    twins = dict(zip([n for n in body.nodes if n.op == "placeholder"], operands, strict=True))
+    with graph.inserting_before(at):
+        for node in body.nodes:
+            if node.op == "output":
+                results = torch.fx.map_arg(node.args[0], lambda old: twins[old])
+            elif node.op != "placeholder":
+                twins[node] = graph.node_copy(node, lambda old: twins[old])
+        if not detach:
+            return results
+        return torch.fx.map_arg(results, lambda result: _detached(graph, result))
+
+
+def _detached(graph: torch.fx.Graph, node: torch.fx.Node) -> torch.fx.Node:
+    found = node.meta.get("val")
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point():
+        return node
+    detached = graph.call_function(aten.detach.default, (node,))
+    detached.meta = dict(node.meta)
+    detached.meta["val"] = fake_call(aten.detach.default, (node,), {})
+    return detached
+
+
+def _replace_results(graph: torch.fx.Graph, region: torch.fx.Node, results: Any) -> None:
+    if isinstance(results, torch.fx.Node):
+        region.replace_all_uses_with(results)
+    else:
+        for user in list(region.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+    graph.erase_node(region)
+
+
+def _read_constants_directly(graph: torch.fx.Graph) -> None:
+    """Read a constant instead of a fresh copy of it: in a functional graph nobody can write into it."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
+            source = node.args[0]
+            for user in list(node.users):
+                if user.target is aten.detach.default:
+                    user.replace_all_uses_with(source)
+                    graph.erase_node(user)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _restore_recurrent(graph: torch.fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in RECURRENT_OPERATORS:
+            node.target = RECURRENT_OPERATORS[node.target]
+
+
+def _drop_unread(graph: torch.fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        unread_size = node.op == "call_function" and node.target is aten.sym_size.int
+        if not node.users and (node.op == "get_attr" or unread_size):
+            graph.erase_node(node)
+
+
+def _attribute(root: torch.nn.Module, path: str) -> Any:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # torch.export warns of attributes that recurrent layers assign to themselves while they are traced.
+        warnings.filterwarnings("ignore", message="The tensor attributes? .* (was|were) assigned during export")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+        yield
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Keep torch's fused inference kernels of transformer layers out of the graph: they exist in one mode only."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _training_reads(model: torch.nn.Module, reads: list[str]) -> Iterator[None]:
+    """Note each time the forward of a module asks for a ``training`` flag."""
+    ours = {id(module) for module in model.modules()}
+
+    def noting(self: torch.nn.Module, name: str) -> Any:
+        if name == "training" and id(self) in ours:
+            reads.append(type(self).__name__)
+        return object.__getattribute__(self, name)
+
+    torch.nn.Module.__getattribute__ = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del torch.nn.Module.__getattribute__  # type: ignore[misc]
+
+
+def user_location(error: BaseException) -> str | None:
+    """Return the user's line that raised ``error`` as ``net.py:23, in forward: y = x.foo()``; None if all frames are torch's."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_CORE, _TORCH, "<")) and "python3" not in Path(frame.filename).parent.name
+    ]
+    if not own:
+        return None
+    frame = own[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line}"
+
+
+def _explained(error: Exception) -> CaptureError:
+    where = user_location(error)
+    text = str(error)
+    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text[:400]:
+        return CaptureError(
+            describe(
+                "the model's Python code branches on the value of a tensor, so that one trace cannot hold it",
+                source=where,
+                got=text.splitlines()[0][:300],
+                try_="torch.where(condition, a, b) for a choice between values, or torch.cond(condition, f, g, operands)",
+            )
+        )
+    if "onstraints violated" in text or "specialized" in text[:600]:
+        return CaptureError(
+            describe(
+                "the model fixes a size that dynamic_shapes declares dynamic, or ties it to another one",
+                got="\n".join(line.strip() for line in text.splitlines() if line.strip() and "TORCH_LOGS" not in line)[:1200],
+                source=where,
+                try_="leave that axis out of dynamic_shapes, or give it the range or relation named above",
+            )
+        )
+    return CaptureError(
+        describe(
+            f"torch.export cannot trace the model: {type(error).__name__}",
+            got=text.strip()[:1200] or "(no message)",
+            source=where,
+        )
+    )
+
+

@@ -1,0 +1,45 @@
+"""What every test gets: a fixed seed, hypothesis without a clock, warnings as errors but for a few third parties'."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test asks a hub for anything
+
+# FXOPT_EXPLORE=1 draws new hypothesis examples on each run; without it a failure repeats by itself.
+hypothesis.settings.register_profile("fxopt", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile("explore" if os.environ.get("FXOPT_EXPLORE") else "fxopt")
+
+
+class _TorchRandom:
+    """torch's generator in the form that hypothesis seeds before each example, so that a failing one repeats."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+_TORCH_RANDOM = _TorchRandom()  # hypothesis keeps only a weak reference
+hypothesis.register_random(_TORCH_RANDOM)
+
+THIRD_PARTY_WARNINGS = (
+    # torch's slow path for an even kernel with padding="same": true, and nothing a graph can change
+    "ignore:Using padding='same' with even kernel lengths:UserWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Add the exceptions to ``filterwarnings = error`` of pyproject.toml."""
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Start every test from the same random state."""
+    torch.manual_seed(0)

@@ -1,0 +1,74 @@
+"""Activation functions, with NaN and infinities."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.export.proof import INF, NAN, op_types, prove
+
+pytestmark = pytest.mark.ort
+
+X = torch.tensor([[NAN, 8.0, -8.0, 0.0], [0.4, 1.5, -2.5, 3e-5], [1.0, -1.0, 0.5, -0.5]])
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "hardtanh": lambda x: F.hardtanh(x, -2.0, 0.5),
+    "relu6": F.relu6,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "elu": lambda x: F.elu(x, 0.7),
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, 0.5),
+    "softplus": F.softplus,
+    "softplus_beta": lambda x: F.softplus(x, beta=2.0, threshold=3.0),
+    "logsigmoid": F.logsigmoid,
+    "softshrink": lambda x: F.softshrink(x, 0.4),
+    "hardshrink": lambda x: F.hardshrink(x, 0.5),
+    "threshold": lambda x: F.threshold(x, 0.3, -1.0),
+    "glu": F.glu,
+    "softmax": lambda x: x.softmax(-1),
+    "softmax_first": lambda x: x.softmax(0),
+    "log_softmax": lambda x: x.log_softmax(-1),
+    "softmax_half": lambda x: x.half().softmax(-1, dtype=torch.float32),
+    "tanhshrink": F.tanhshrink,
+    "softsign": F.softsign,
+    "rrelu": F.rrelu,
+    "softmin": lambda x: F.softmin(x, 1),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name):
+    prove(lambda x: ACTIVATIONS[name](x), X)
+
+
+def test_gelu_before_opset_20_is_the_pattern_that_ort_fuses():
+    assert "Gelu" not in op_types(prove(lambda x: F.gelu(x), X, opset=18))
+    assert op_types(prove(lambda x: F.gelu(x), X, opset=20)) == ["Gelu"]
+    prove(lambda x: F.gelu(x, approximate="tanh"), X, opset=18)
+
+
+@pytest.mark.parametrize("slopes", [1, 3])
+def test_prelu_along_the_channels(slopes):
+    layer = nn.PReLU(slopes)
+    nn.init.uniform_(layer.weight, 0.1, 0.9)
+    prove(layer, torch.randn(4, 3, 5))
+    prove(layer, torch.randn(4, 3))
+
+
+def test_softmax_of_one_number():
+    prove(lambda x: x.softmax(0), torch.tensor(2.0))
+
+
+def test_softmax_of_infinities():
+    prove(lambda x: x.softmax(-1), torch.tensor([[-INF, 0.0, 1.0], [3.0, -INF, -INF]]), dynamic=False)
+
+
+def test_dropout_in_evaluation_leaves_nothing():
+    layer = nn.Sequential(nn.Dropout(0.5), nn.ReLU(), nn.AlphaDropout(0.1), nn.Dropout2d(0.2))
+    assert op_types(prove(layer, torch.randn(3, 4, 5, 5))) == ["Relu"]

@@ -1,0 +1,126 @@
+"""Convolutions and pooling: strides, paddings, dilations, groups, ceil mode, divisors, inputs without a batch."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.export.proof import op_types, prove
+
+pytestmark = pytest.mark.ort
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"padding": "same"}, {"padding": "same", "dilation": 3},
+    {"padding": "valid", "stride": 2}, {"bias": False, "padding": "same", "groups": 4}, {"padding": 1, "padding_mode": "reflect"},
+], ids=str)  # fmt: skip
+def test_conv(rank, options):
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 8, 3, **options)
+    prove(layer, torch.randn(3, 4, *(9, 8, 7)[:rank]))
+
+
+def test_conv_with_an_even_kernel_pads_more_behind():
+    prove(nn.Conv1d(4, 8, 4, padding="same"), torch.randn(3, 4, 9))
+    prove(nn.Conv2d(4, 8, (2, 3), stride=(1, 2), padding=(0, 1)), torch.randn(3, 4, 9, 8))
+
+
+def test_conv_without_a_batch():
+    prove(nn.Conv2d(4, 8, 3), torch.randn(4, 6, 6), dynamic=False)
+    prove(nn.ConvTranspose1d(4, 8, 3), torch.randn(4, 6), dynamic=False)
+
+
+def test_conv_with_computed_weights():
+    prove(lambda x, w: F.conv2d(x, w * 2, padding=1), torch.randn(3, 4, 6, 6), torch.randn(8, 4, 3, 3), dynamic=False)
+
+
+def test_conv_of_a_dynamic_image():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1, stride=2)
+
+        def forward(self, x):
+            return self.conv(x.transpose(0, 2))
+
+    prove(Net(), torch.randn(8, 3, 2, 6), refuses=("n8 = 1",))  # the dynamic axis becomes an image axis
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2}, {"stride": 2, "padding": 1, "output_padding": 1}, {"dilation": 2}, {"groups": 2, "bias": False},
+    {"stride": 2, "dilation": 3, "padding": 1, "output_padding": 2},
+], ids=str)  # fmt: skip
+def test_conv_transpose(rank, options):
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1](4, 6, 3, **options)
+    prove(layer, torch.randn(3, 4, *(5, 4, 3)[:rank]))
+
+
+SIZES = {1: (11,), 2: (11, 8), 3: (7, 8, 6)}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("options", [
+    {"kernel_size": 3}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}, {"kernel_size": 2, "dilation": 2, "stride": 1},
+    {"kernel_size": 3, "stride": 3, "dilation": 2, "padding": 1, "ceil_mode": True},
+], ids=str)  # fmt: skip
+def test_max_pool(rank, options):
+    layer = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](**options)
+    prove(layer, torch.randn(3, 4, *SIZES[rank]) - 5)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_max_pool_indices_count_within_a_channel(rank):
+    prove((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](2, return_indices=True), torch.randn(3, 4, *SIZES[rank]))
+
+
+AVERAGES = [
+    dict(zip(("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"), values, strict=True))
+    for values in itertools.product((3,), (1, 2), (0, 1), (False, True), (False, True))
+]
+
+
+@pytest.mark.parametrize("options", AVERAGES, ids=str)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_average_pool(rank, options):
+    prove((nn.AvgPool1d, nn.AvgPool2d)[rank - 1](**options), torch.randn(3, 4, *SIZES[rank]))
+
+
+def test_average_pool_with_a_divisor_of_its_own():
+    prove(nn.AvgPool2d(3, 2, padding=1, divisor_override=5), torch.randn(3, 4, 8, 9))
+    prove(nn.AvgPool3d(2, ceil_mode=True, divisor_override=3), torch.randn(3, 4, 5, 6, 7))
+    prove(nn.AvgPool3d(2, ceil_mode=True), torch.randn(3, 4, 5, 6, 7))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, (None, 2), (5, 1), (9, 8)], ids=str)
+@pytest.mark.parametrize("layer", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
+def test_adaptive_pool(layer, size):
+    prove(layer(size), torch.randn(3, 4, 9, 8))
+
+
+def test_adaptive_pool_of_other_ranks():
+    prove(nn.AdaptiveAvgPool1d(3), torch.randn(3, 4, 10))
+    prove(nn.AdaptiveAvgPool3d((2, 1, 3)), torch.randn(3, 4, 5, 6, 7))
+    prove(nn.AdaptiveMaxPool1d(4), torch.randn(3, 4, 10))
+    prove(nn.AdaptiveMaxPool3d(2), torch.randn(3, 4, 5, 6, 7))
+    prove(nn.AdaptiveAvgPool2d(2), torch.randn(4, 5, 7), dynamic=False)
+
+
+def test_adaptive_average_pool_of_a_dynamic_size():
+    class Net(nn.Module):
+        def forward(self, x):
+            return F.adaptive_avg_pool2d(x.transpose(0, 2), (3, 2))
+
+    prove(Net(), torch.randn(7, 4, 2, 6))
+
+
+def test_global_pools_are_one_node():
+    assert op_types(prove(nn.AdaptiveAvgPool2d(1), torch.randn(3, 4, 9, 8))) == ["GlobalAveragePool"]
+
+
+def test_unfold_and_fold():
+    prove(nn.Unfold(3, padding=1, stride=2), torch.randn(3, 2, 6, 7))
+    prove(nn.Fold((5, 6), (2, 3)), torch.randn(3, 12, 16))

@@ -1,0 +1,68 @@
+"""Normalization layers in evaluation, with and without scale and shift, on inputs of several ranks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.export.proof import op_types, prove
+from tests.models.base import settle
+
+pytestmark = pytest.mark.ort
+
+
+def settled(layer: nn.Module) -> nn.Module:
+    settle(layer)
+    for parameter in layer.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    return layer
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps": 1e-2}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+def test_batch_norm(rank, options):
+    layer = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank](4, **options)
+    prove(settled(layer), torch.randn(6, 4, *(5, 4, 3)[:rank]))
+
+
+def test_batch_norm_is_one_node():
+    assert op_types(prove(settled(nn.BatchNorm2d(4)), torch.randn(3, 4, 5, 5))) == ["BatchNormalization"]
+
+
+@pytest.mark.parametrize("shape", [(5,), (4, 5)])
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"bias": False}, {"eps": 1e-2}], ids=str)
+def test_layer_norm(shape, options):
+    file = prove(settled(nn.LayerNorm(shape, **options)), torch.randn(3, 4, 5))
+    assert op_types(file) == ["LayerNormalization"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_layer_norm_of_other_types(dtype):
+    prove(settled(nn.LayerNorm(5)).to(dtype), torch.randn(3, 5).to(dtype))
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("options", [{}, {"elementwise_affine": False}, {"eps": 1e-3}], ids=str)
+def test_rms_norm(options, opset):
+    prove(settled(nn.RMSNorm(5, **options)), torch.randn(3, 4, 5), opset=opset)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps": 1e-2}], ids=str)
+def test_group_norm(rank, options):
+    prove(settled(nn.GroupNorm(2, 4, **options)), torch.randn(3, 4, *(5, 4, 3)[:rank]))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"affine": True}, {"affine": True, "track_running_stats": True}], ids=str)
+def test_instance_norm(rank, options):
+    layer = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[rank - 1](4, **options)
+    prove(settled(layer), torch.randn(3, 4, *(5, 4, 3)[:rank]))
+
+
+def test_local_response_norm():
+    prove(nn.LocalResponseNorm(2), torch.randn(3, 4, 5, 5))
+
+
+def test_normalize():
+    prove(lambda x: F.normalize(x, p=2.0, dim=-1), torch.randn(3, 4))

@@ -1,0 +1,59 @@
+"""Resampling, by size and by factor, up and down, all modes."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.export.proof import prove
+
+pytestmark = pytest.mark.ort
+
+SHAPES = {1: (3, 2, 7), 2: (3, 2, 5, 7), 3: (3, 2, 4, 5, 3)}
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("size", [{"scale_factor": 2}, {"size": 9}, {"size": 3}], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear", "aligned"])
+def test_interpolate(mode, size, rank):
+    options = {"mode": LINEAR[rank] if mode in ("linear", "aligned") else mode}
+    if mode in ("linear", "aligned"):
+        options["align_corners"] = mode == "aligned"
+    prove(lambda x: F.interpolate(x, **size, **options), torch.randn(SHAPES[rank]))
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("size", [{"scale_factor": 2}, {"size": (9, 4)}], ids=str)
+def test_bicubic(size, align_corners):
+    prove(lambda x: F.interpolate(x, **size, mode="bicubic", align_corners=align_corners), torch.randn(SHAPES[2]))
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_fractional_factor(recompute):
+    prove(
+        lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear", recompute_scale_factor=recompute, align_corners=False),
+        torch.randn(SHAPES[2]),
+    )
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(3, 4), (9, 9)])
+def test_antialiased(mode, size):
+    prove(lambda x: F.interpolate(x, size, mode=mode, antialias=True), torch.randn(SHAPES[2]))
+
+
+@pytest.mark.parametrize(("mode", "padding", "align_corners"),
+                         list(itertools.product(("bilinear", "nearest"), ("zeros", "border", "reflection"), (False, True))))  # fmt: skip
+def test_grid_sample(mode, padding, align_corners):
+    grid = torch.rand(3, 4, 6, 2) * 2.4 - 1.2
+    prove(lambda x, g: F.grid_sample(x, g, mode, padding, align_corners), torch.randn(SHAPES[2]), grid)
+
+
+def test_grid_sample_before_opset_20():
+    prove(lambda x, g: F.grid_sample(x, g, align_corners=False), torch.randn(SHAPES[2]), torch.rand(3, 4, 6, 2), opset=18)
+
+
+def test_affine_grid():
+    prove(lambda t: F.affine_grid(t, (t.shape[0], 2, 4, 5), align_corners=False), torch.randn(3, 2, 3))

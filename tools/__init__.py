@@ -1,0 +1,1 @@
+"""fxopt.tools: the command line, the demo, benchmarks."""

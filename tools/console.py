@@ -1,0 +1,111 @@
+"""How the command line speaks: results on stdout, errors and progress on stderr, one JSON document if asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+__all__ = ["BadInput", "Stages", "as_bad_input", "describe_bytes", "error_text", "print_json", "stages", "stderr", "stdout"]
+
+FAILED, USAGE = 1, 2  # exit statuses: the work failed; the input or the command was wrong
+
+
+class BadInput(Exception):
+    """What the user asked for cannot be done as written: exit status 2."""
+
+
+@contextlib.contextmanager
+def as_bad_input(label: str = "") -> Iterator[None]:
+    """Turn the errors that wrong input raises into :class:`BadInput`, with ``label`` in front of the message."""
+    from fxopt.errors import FxoptError
+
+    try:
+        yield
+    except (FxoptError, ValueError, TypeError, OSError) as error:
+        raise BadInput(f"{label}: {error}" if label else str(error)) from error
+
+
+def stdout() -> Console:
+    """Return the console for results. Made for each use, so that it follows a redirected ``sys.stdout``."""
+    return Console(file=sys.stdout, highlight=False, soft_wrap=False)
+
+
+def stderr() -> Console:
+    """Return the console for errors and progress."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+def error_text(message: str) -> Text:
+    """Return an error as it is shown: ``error:`` before the headline, which stands out; the rows below as they are."""
+    headline, _, rows = message.partition("\n")
+    shown = Text.assemble(("error: ", "bold red"), (headline, "bold"))
+    if rows:
+        shown.append("\n" + rows)
+    return shown
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document on stdout. Infinities and NaN, which JSON does not have, become text."""
+    print(json.dumps(_plain(document), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+def describe_bytes(count: int) -> str:
+    """Return a size for people: ``1.2 MB`` (1 MB = 1,000,000 bytes)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.{1 if count < 100 * size else 0}f} {unit}"
+    return f"{count} B"
+
+
+class Stages:
+    """The progress of one command: a known number of stages, of which one runs."""
+
+    def __init__(self, begin: Callable[[str], None], extend: Callable[[int], None]) -> None:
+        self.begin = begin
+        self.extend = extend
+
+    def __call__(self, index: int, count: int, name: str) -> None:
+        """Take the progress of a list of passes: called before each with its index, their number, and its name."""
+        self.begin(name)
+
+
+@contextlib.contextmanager
+def stages(total: int, *, quiet: bool) -> Iterator[Stages]:
+    """Show a progress bar over ``total`` stages on stderr; nothing if ``quiet``, or if nobody is looking at a terminal."""
+    console = stderr()
+    if quiet or not console.is_terminal:
+        yield Stages(lambda name: None, lambda more: None)
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        started: list[str] = []
+
+        def begin(name: str) -> None:
+            progress.update(task, description=name, completed=len(started))
+            started.append(name)
+
+        def extend(more: int) -> None:
+            progress.update(task, total=total + more)
+
+        yield Stages(begin, extend)
