@@ -7,12 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fxopt.export.registry import NotTranslated
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
-
-from fxopt.export.registry import NotTranslated
 
 __all__ = ["decompose"]
 
@@ -42,7 +41,9 @@ def decompose(node: torch.fx.Node) -> tuple[torch.fx.GraphModule, list[Any]]:
         with torch.no_grad(), _fake(mode):
             inner = make_fx(call, decomposition_table=table, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
             if any(_mutates(made.target) for made in inner.graph.nodes):
-                inner = make_fx(torch.func.functionalize(inner), tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+                inner = make_fx(torch.func.functionalize(inner), tracing_mode="real", _allow_non_fake_inputs=True)(
+                    *fakes
+                )
     except Exception as error:  # whatever a decomposition raises means that it cannot do it
         raise NotTranslated(f"decomposition: {type(error).__name__}: {error}") from error
     if any(inner_node.target is target for inner_node in inner.graph.nodes):

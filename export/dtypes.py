@@ -8,10 +8,9 @@ from collections.abc import Iterable
 import onnx_ir as ir
 import sympy
 import torch
-
 from fxopt.export.kernels import KERNELS
 
-__all__ = ["kernel_dtype", "onnx_dtype", "promoted", "torch_dtype"]
+__all__ = ["is_truth", "kernel_dtype", "onnx_dtype", "promoted", "torch_dtype"]
 
 _TO_ONNX = {
     torch.float32: ir.DataType.FLOAT,
@@ -108,8 +107,13 @@ def promoted(operands: Iterable[tuple[torch.dtype, int] | object]) -> torch.dtyp
     return result
 
 
+def is_truth(number: object) -> bool:
+    """Return whether a symbolic number is a condition; sympy's symbols are of its class Boolean too."""
+    return isinstance(number, sympy.logic.boolalg.Boolean) and not isinstance(number, sympy.Expr)
+
+
 def _number_dtype(number: object) -> torch.dtype:
-    if isinstance(number, bool | sympy.logic.boolalg.Boolean):
+    if isinstance(number, bool) or is_truth(number):
         return torch.bool
     if isinstance(number, int) or (isinstance(number, sympy.Expr) and number.is_integer):
         return torch.int64

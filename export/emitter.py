@@ -10,21 +10,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 import sympy
 import torch
+from fxopt.export import schemas
+from fxopt.export.dtypes import is_truth, kernel_dtype, onnx_dtype, torch_dtype
+from fxopt.export.sizes import Size, SizeEmitter
 
 from fxopt.errors import ExportError
-from fxopt.export import schemas
-from fxopt.export.dtypes import kernel_dtype, onnx_dtype, torch_dtype
-from fxopt.export.sizes import Size, SizeEmitter
 
 __all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "rank", "tensor_of"]
 
 Value = ir.Value
-Number = bool | int | float | sympy.Basic
+Number: TypeAlias = bool | int | float | sympy.Basic
 Operand = Value | Number | Sequence[int] | None
 
 _NAMED_CONSTANT = 8  # constants of at most so many elements are named by what they hold
@@ -103,7 +103,9 @@ class Emitter:
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, op_type: str, *inputs: Operand, domain: str = "", dims: Sequence[Size] | None = None, **attributes: Any) -> Value:
+    def __call__(
+        self, op_type: str, *inputs: Operand, domain: str = "", dims: Sequence[Size] | None = None, **attributes: Any
+    ) -> Value:
         """Emit a node with one output that matters and return that output.
 
         Args:
@@ -154,7 +156,10 @@ class Emitter:
                 self.set_dims(result, shape)
         if result_dtype is not None:
             like = schemas.outputs_alike(op_type, self.opset, outputs)
-            results = [self.cast(value, torch_dtype(result_dtype)) if same else value for value, same in zip(results, like, strict=True)]
+            results = [
+                self.cast(value, torch_dtype(result_dtype)) if same else value
+                for value, same in zip(results, like, strict=True)
+            ]
         return tuple(results)
 
     def _operands(self, inputs: Sequence[Operand]) -> list[Value | None]:
@@ -178,7 +183,11 @@ class Emitter:
     def constant(self, tensor: torch.Tensor) -> Value:
         """Return the shared initializer that holds ``tensor``."""
         tensor = tensor.detach().cpu().contiguous()
-        key = (tensor.dtype, tuple(tensor.shape), tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else _bits(tensor))
+        key = (
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.view(torch.uint8).numpy().tobytes() if tensor.ndim else _bits(tensor),
+        )
         if key not in self._constants:
             text = "constant"
             if tensor.numel() <= _NAMED_CONSTANT:
@@ -188,7 +197,11 @@ class Emitter:
 
     def number(self, number: Number, dtype: torch.dtype) -> Value:
         """Return a number, plain or symbolic, as a value without axes of type ``dtype``."""
-        if isinstance(number, sympy.Basic) and not number.is_number and not isinstance(number, sympy.logic.boolalg.BooleanAtom):
+        if (
+            isinstance(number, sympy.Basic)
+            and not number.is_number
+            and not isinstance(number, sympy.logic.boolalg.BooleanAtom)
+        ):
             return self.cast(self.sizes.scalar(number), dtype)
         if isinstance(number, sympy.Basic):
             number = bool(number) if isinstance(number, sympy.logic.boolalg.BooleanAtom) else _plain(number)
@@ -196,12 +209,15 @@ class Emitter:
 
     def initializer(self, name: str, tensor: torch.Tensor, metadata: Mapping[str, str] | None = None) -> Value:
         """Return a new initializer that holds ``tensor`` (not a copy of it) under a name close to ``name``."""
-        name = self.unique(name)
+        wanted, name = name, self.unique(name)
         held = ir.tensor_adapters.TorchTensor(tensor.detach(), name=name)
         held.metadata_props.update(metadata or {})
-        value = ir.Value(name=name, shape=ir.Shape(tuple(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held)
+        value = ir.Value(
+            name=name, shape=ir.Shape(tuple(tensor.shape)), type=ir.TensorType(held.dtype), const_value=held
+        )
         value.meta["dims"] = tuple(tensor.shape)
         value.meta["tensor"] = tensor.detach()
+        value.meta["wanted"] = wanted
         self.initializers[name] = value
         return value
 
@@ -236,7 +252,9 @@ class Emitter:
         known = value.meta.get("dims")
         if known == shape:
             return value
-        return self("Reshape", value, self.sizes.reshape_target(known, shape), allowzero=1 if 0 in shape else None, dims=shape)
+        return self(
+            "Reshape", value, self.sizes.reshape_target(known, shape), allowzero=1 if 0 in shape else None, dims=shape
+        )
 
     def transpose(self, value: Value, order: Sequence[int]) -> Value:
         """Return ``value`` with its axes in another order; two transpositions in a row become one."""
@@ -268,7 +286,7 @@ class Emitter:
         """
         if isinstance(result, ir.Value):
             return result
-        if isinstance(result, bool | sympy.logic.boolalg.Boolean):
+        if isinstance(result, bool) or is_truth(result):
             return self.number(result, torch.bool)
         if isinstance(result, int) or (isinstance(result, sympy.Expr) and result.is_integer):
             return self.number(result, torch.int64)

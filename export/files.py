@@ -60,7 +60,11 @@ class OnnxFile:
     @property
     def parameter_bytes(self) -> int:
         """Bytes of all weights and constants."""
-        return sum(value.const_value.nbytes for value in self.model.graph.initializers.values() if value.const_value is not None)
+        return sum(
+            value.const_value.nbytes
+            for value in self.model.graph.initializers.values()
+            if value.const_value is not None
+        )
 
     def to_bytes(self) -> bytes:
         """Return the model as one protobuf.
@@ -69,7 +73,9 @@ class OnnxFile:
             ExportError: it is larger than protobuf allows.
         """
         if self.parameter_bytes > _LARGEST_FILE:
-            raise ExportError(f"{self.parameter_bytes / 2**30:.1f} GiB of weights do not fit into one protobuf; write it to a file")
+            raise ExportError(
+                f"{self.parameter_bytes / 2**30:.1f} GiB of weights do not fit into one protobuf; write it to a file"
+            )
         serialized: bytes = ir.to_proto(self.model).SerializeToString()
         return serialized
 
@@ -130,7 +136,11 @@ def check_target(path: str | os.PathLike[str]) -> Path:
     elif not os.access(target.parent, os.W_OK):
         problem = f"the folder {target.parent} is read-only"
     if problem:
-        raise ExportError(describe(f"cannot write {target}: {problem}", try_="give the name of a file in a folder that you can write to"))
+        raise ExportError(
+            describe(
+                f"cannot write {target}: {problem}", try_="give the name of a file in a folder that you can write to"
+            )
+        )
     return target
 
 

@@ -17,6 +17,17 @@ def finish(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses():
             del graph.initializers[name]
+    restore_names(graph)
+
+
+def restore_names(graph: ir.Graph) -> None:
+    """Give a rearranged weight the name of the parameter that it took the place of."""
+    for value in list(graph.initializers.values()):
+        wanted = value.meta.get("wanted")
+        if wanted and value.name != wanted and f"{wanted}_" in str(value.name) and wanted not in graph.initializers:
+            value.name = wanted
+            if value.const_value is not None:
+                value.const_value.name = wanted
 
 
 def remove_dead_nodes(graph: ir.Graph) -> None:

@@ -73,7 +73,10 @@ def _overloads(targets: tuple[Any, ...]) -> list[Any]:
         found += [
             overload
             for overload in overloads
-            if not any(argument.is_out or argument.alias_info and argument.alias_info.is_write for argument in overload._schema.arguments)
+            if not any(
+                argument.is_out or (argument.alias_info and argument.alias_info.is_write)
+                for argument in overload._schema.arguments
+            )
             and "Dimname" not in str(overload._schema)
         ]
     return found

@@ -74,7 +74,10 @@ class ValidationReport:
         rows = [header, *(_row(*entry) for entry in self.worst())]
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = [f"contract {self.contract}, {self.runs} runs, worst of all:"]
-        lines += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines += [
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 

@@ -15,7 +15,8 @@ _INT64 = ir.DataType.INT64
 # operator: the type of each result where it is not that of the main operand (None: of the main operand)
 _RESULTS: dict[str, tuple[ir.DataType | None, ...]] = {
     **dict.fromkeys(
-        ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"), (_BOOL,)
+        ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "Xor", "IsNaN", "IsInf"),
+        (_BOOL,),
     ),
     **dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), (_INT64,)),
     **dict.fromkeys(("TopK", "MaxPool"), (None, _INT64)),
@@ -37,6 +38,8 @@ def main_operand(operands: Sequence[ir.Value | None], op_type: str) -> ir.Value 
 def output_dtypes(node: ir.Node) -> list[ir.DataType | None]:
     """Return the element type of each result of ``node``; None where it cannot be told from the operands."""
     count = len(node.outputs)
+    if node.op_type in ("If", "Loop", "Scan"):
+        return [None] * count
     if (target := node.attributes.get("to")) is not None:
         return [ir.DataType(target.as_int())] * count
     if (target := node.attributes.get("output_dtype")) is not None:
@@ -70,7 +73,8 @@ def cast_alike(
     inputs, _, _ = _types(op_type, opset)
     main = inputs[min(_MAIN.get(op_type, 0), len(inputs) - 1)]
     return [
-        cast(value) if value is not None and inputs[min(i, len(inputs) - 1)] == main else value for i, value in enumerate(operands)
+        cast(value) if value is not None and inputs[min(i, len(inputs) - 1)] == main else value
+        for i, value in enumerate(operands)
     ]
 
 

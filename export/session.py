@@ -84,10 +84,14 @@ class Session:
         """
         if not isinstance(inputs, Mapping):
             if len(inputs) != len(self.input_names):
-                raise ExportError(f"the model takes {len(self.input_names)} inputs and got {len(inputs)}: {', '.join(self.input_names)}")
+                raise ExportError(
+                    f"the model takes {len(self.input_names)} inputs and got {len(inputs)}: {', '.join(self.input_names)}"
+                )
             inputs = dict(zip(self.input_names, inputs, strict=True))
         try:
-            results = self.ort.run_with_ort_values(list(self.output_names), {name: _to_ort(tensor) for name, tensor in inputs.items()})
+            results = self.ort.run_with_ort_values(
+                list(self.output_names), {name: _to_ort(tensor) for name, tensor in inputs.items()}
+            )
         except Exception as error:
             raise ExportError(describe("ONNX Runtime fails to run the model", because=str(error))) from error
         return tuple(_from_ort(result) for result in results)

@@ -8,7 +8,7 @@ it again: a chain of ``sym_size``, ``mul`` and ``floordiv`` nodes leaves no trac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 import sympy
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Size", "SizeEmitter", "as_size", "is_static", "product"]
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 _INT_MAX = 2**63 - 1
 _CALLS: dict[Any, str] = {
     sympy.Max: "Max", symbolic.Max: "Max", sympy.Min: "Min", symbolic.Min: "Min", sympy.Abs: "Abs",
@@ -96,7 +96,11 @@ class SizeEmitter:
     def text(self, size: Size) -> str:
         """Return a symbolic size as text in the user's names of dimensions."""
         if size not in self._texts:
-            renamed = {s: sympy.Symbol(self.names[s.name], integer=True) for s in sympy.sympify(size).free_symbols if s.name in self.names}
+            renamed = {
+                s: sympy.Symbol(self.names[s.name], integer=True)
+                for s in sympy.sympify(size).free_symbols
+                if s.name in self.names
+            }
             self._texts[size] = str(sympy.sympify(size).xreplace(renamed))
         return self._texts[size]
 
@@ -124,10 +128,18 @@ class SizeEmitter:
             if isinstance(first, int):
                 while end < len(sizes) and isinstance(sizes[end], int):
                     end += 1
-                pieces.append(self._emit.constant(torch.tensor([sizes[i] for i in range(start, end)], dtype=torch.int64)))
-            elif isinstance(first, sympy.Symbol) and (found := self._source(first)) is not None and found[1] is not None:
+                pieces.append(
+                    self._emit.constant(torch.tensor([sizes[i] for i in range(start, end)], dtype=torch.int64))
+                )
+            elif (
+                isinstance(first, sympy.Symbol) and (found := self._source(first)) is not None and found[1] is not None
+            ):
                 value, axis = found
-                while end < len(sizes) and isinstance(sizes[end], sympy.Symbol) and self._source(sizes[end]) == (value, axis + end - start):
+                while (
+                    end < len(sizes)
+                    and isinstance(sizes[end], sympy.Symbol)
+                    and self._source(sizes[end]) == (value, axis + end - start)
+                ):
                     end += 1
                 pieces.append(self._axis_sizes(value, axis, axis + end - start))
             else:
@@ -139,7 +151,9 @@ class SizeEmitter:
         """Return a symbolic number as a value without axes: int64, bool, or float64."""
         key = ("scalar", expression)
         if (known := self._known(key)) is None:
-            known = self._emit("Reshape", self.column(expression), self._emit.constant(torch.tensor([], dtype=torch.int64)), dims=())
+            known = self._emit(
+                "Reshape", self.column(expression), self._emit.constant(torch.tensor([], dtype=torch.int64)), dims=()
+            )
             self._remember(key, known)
         return known
 
@@ -197,7 +211,9 @@ class SizeEmitter:
         if function in _CALLS:
             return self._call(_CALLS[function], expression.args)
         for name, op_type in _FLOAT_CALLS.items():
-            if function.__name__ in (f"OpaqueUnaryFn_{name}", name) or (function is sympy.Pow and name == "sqrt" and expression.exp == 0.5):
+            if function.__name__ in (f"OpaqueUnaryFn_{name}", name) or (
+                function is sympy.Pow and name == "sqrt" and expression.exp == 0.5
+            ):
                 return emit(op_type, emit.cast(self.column(expression.args[0]), torch.float64))  # type: ignore[no-any-return]
         raise ExportError(
             describe(
@@ -290,4 +306,3 @@ def product(sizes: Sequence[Size]) -> Size:
 def is_static(sizes: Sequence[Size]) -> bool:
     """Return whether no size is dynamic."""
     return all(isinstance(size, int) for size in sizes)
-

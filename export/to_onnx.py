@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fxopt.export.files import ExternalData, OnnxFile, check_target
+from fxopt.export.translate import translate
+from fxopt.export.validate import ValidationReport, validate_file
 
 from fxopt import args
 from fxopt.capture import capture
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
-from fxopt.export.files import ExternalData, OnnxFile, check_target
-from fxopt.export.translate import translate
-from fxopt.export.validate import ValidationReport, validate_file
 from fxopt.graph_module import CapturedModule, graph_modules
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "to_onnx"]
@@ -126,7 +126,9 @@ def _refuse_training(gm: CapturedModule) -> None:
                     node=f"{node.name} ({node.target})",
                     source=args.source_line(node) or "unknown",
                     because=gm.modes_reason or None,
-                    try_="call .eval() on the graph before the export" if gm.modes != "train" else "capture the model again after model.eval()",
+                    try_="call .eval() on the graph before the export"
+                    if gm.modes != "train"
+                    else "capture the model again after model.eval()",
                 )
             )
 

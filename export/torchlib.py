@@ -16,12 +16,11 @@ import onnx
 import onnx_ir as ir
 import sympy
 import torch
-from onnxscript import evaluator
-from torch._ops import OpOverload
-
 from fxopt.export.dtypes import onnx_dtype, promoted, torch_dtype
 from fxopt.export.emitter import Emitter, Value, rank
 from fxopt.export.registry import NotTranslated
+from onnxscript import evaluator
+from torch._ops import OpOverload
 
 __all__ = ["translate"]
 
@@ -182,7 +181,10 @@ class _Recorder(evaluator.Evaluator):
             return self._constant(attributes)
         _require_same_meaning(schema, self.emit.opset)
         attributes = {key: held.value if isinstance(held, ir.Attr) else held for key, held in attributes.items()}
-        attributes = {key: float(held) if _is_float(schema, key) and isinstance(held, int) else held for key, held in attributes.items()}
+        attributes = {
+            key: float(held) if _is_float(schema, key) and isinstance(held, int) else held
+            for key, held in attributes.items()
+        }
         operands = [self._operand(value, schema, i, inputs) for i, value in enumerate(inputs)]
         if (folded := self._fold(name, operands, attributes)) is not None:
             return folded
@@ -195,7 +197,9 @@ class _Recorder(evaluator.Evaluator):
         return _body(function)(*args, **kwargs)
 
     def _results(self, schema: Any, attributes: Mapping[str, Any]) -> int:
-        if schema.name in ("BatchNormalization", "Dropout", "LayerNormalization", "MaxPool") and not attributes.get("training_mode"):
+        if schema.name in ("BatchNormalization", "Dropout", "LayerNormalization", "MaxPool") and not attributes.get(
+            "training_mode"
+        ):
             return 2 if schema.name == "MaxPool" else 1
         return len(schema.outputs)
 
@@ -205,7 +209,12 @@ class _Recorder(evaluator.Evaluator):
             held = onnx.numpy_helper.to_array(held)
         elif isinstance(held, ir.TensorProtocol):
             return self.emit.constant(torch.from_numpy(np.array(held.numpy(), copy=True)).to(torch_dtype(held.dtype)))
-        dtype = {"value_int": torch.int64, "value_ints": torch.int64, "value_float": torch.float32, "value_floats": torch.float32}
+        dtype = {
+            "value_int": torch.int64,
+            "value_ints": torch.int64,
+            "value_float": torch.float32,
+            "value_floats": torch.float32,
+        }
         return self.emit.constant(torch.as_tensor(held, dtype=dtype.get(kind)))
 
     def _operand(self, value: Any, schema: Any, index: int, inputs: Sequence[Any]) -> Any:

@@ -13,16 +13,16 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
-
-from fxopt import args
-from fxopt.errors import ExportError, FxoptError, describe
 from fxopt.export import decompose, finish, torchlib
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, Refused
 from fxopt.export.sizes import as_size
 from fxopt.export.translations import WITHOUT_VALUE
+from torch._ops import HigherOrderOperator, OpOverload
+
+from fxopt import args
+from fxopt.errors import ExportError, FxoptError, describe
 
 __all__ = ["translate"]
 
@@ -74,7 +74,9 @@ class _Translator:
         placeholders = [node for node in self.gm.graph.nodes if node.op == "placeholder"]
         tensors = [node for node in placeholders if _is_runtime_value(node.meta.get("val"))]
         if names is not None and len(names) != len(tensors):
-            raise ExportError(f"input_names has {len(names)} names for {len(tensors)} inputs: {', '.join(n.name for n in tensors)}")
+            raise ExportError(
+                f"input_names has {len(names)} names for {len(tensors)} inputs: {', '.join(n.name for n in tensors)}"
+            )
         chosen = dict(zip(tensors, names or [node.name for node in tensors], strict=True))
         for name in (*chosen.values(), *reserved):
             if not name:
@@ -174,7 +176,9 @@ class _Translator:
         if target is operator.getitem:
             container, index = _lookup(node.args, env)
             if container[index] is None and node.users:
-                raise self._error(node, f"result {index} of {node.args[0]} has no ONNX translation", "do not use that result")
+                raise self._error(
+                    node, f"result {index} of {node.args[0]} has no ONNX translation", "do not use that result"
+                )
             return container[index]
         if isinstance(held, torch.SymInt | torch.SymFloat | torch.SymBool | bool | int | float):
             if target in _READ_NUMBER:
@@ -325,7 +329,11 @@ def _lookup(held: Any, env: Mapping[torch.fx.Node, Any]) -> Any:
     if isinstance(held, torch.fx.Node):
         return env[held]
     if isinstance(held, tuple | list):
-        return [_lookup(item, env) for item in held] if isinstance(held, list) else tuple(_lookup(item, env) for item in held)
+        return (
+            [_lookup(item, env) for item in held]
+            if isinstance(held, list)
+            else tuple(_lookup(item, env) for item in held)
+        )
     if isinstance(held, dict):
         return {key: _lookup(item, env) for key, item in held.items()}
     return as_size(held)

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fxopt.export.files import OnnxFile
+from fxopt.export.kernel_noise import kernel_noise
+from fxopt.export.report import OutputResult, ValidationReport
+from fxopt.export.session import Optimization, Session
 
 from fxopt import args
 from fxopt.capture import isolated
 from fxopt.contracts import METRICS, Contract
 from fxopt.dimensions import Sample
 from fxopt.errors import ExportError, NumericsError, describe
-from fxopt.export.files import OnnxFile
-from fxopt.export.kernel_noise import kernel_noise
-from fxopt.export.report import OutputResult, ValidationReport
-from fxopt.export.session import Optimization, Session
 from fxopt.graph_module import CapturedModule
 from fxopt.numerics import Reference, measure, reference, violation
 
@@ -32,7 +32,12 @@ _SIZES = (1, 2, 5)
 class _Case:
     label: str
     leaves: list[Any]
-    wanted: tuple[Any, ...]
+    outputs: tuple[Any, ...]
+
+    @property
+    def wanted(self) -> list[tuple[int, Any]]:
+        """The outputs that are not None, with their place."""
+        return [(place, output) for place, output in enumerate(self.outputs) if output is not None]
 
 
 def validate(
@@ -84,7 +89,9 @@ def validate_file(
         for level, session in sessions.items():
             judge.compare(session, level, report)
     if not report.results:
-        raise ExportError(describe("the model could not be validated: no input runs", notes="\n".join(report.notes) or None))
+        raise ExportError(
+            describe("the model could not be validated: no input runs", notes="\n".join(report.notes) or None)
+        )
     return report
 
 
@@ -114,7 +121,13 @@ def _check_names(session: Session, gm: CapturedModule, names: Sequence[str] | No
         )
     tensors = [spec.name for spec in gm.inputs if spec.is_tensor]
     if len(session.input_names) != len(tensors):
-        raise NumericsError(describe("the model has other inputs than the graph", got=", ".join(session.input_names), wanted=", ".join(tensors)))
+        raise NumericsError(
+            describe(
+                "the model has other inputs than the graph",
+                got=", ".join(session.input_names),
+                wanted=", ".join(tensors),
+            )
+        )
 
 
 # -- what to compare on ----------------------------------------------------------------------------------------------
@@ -129,9 +142,11 @@ def _cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report
             with isolated(gm):
                 outputs = gm.flat_outputs(*copy.args, **dict(copy.kwargs))
         except Exception as error:
-            report.notes.append(f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}")
+            report.notes.append(
+                f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
+            )
             continue
-        yield _Case(label, leaves, tuple(output for output in outputs if output is not None))
+        yield _Case(label, leaves, outputs)
 
 
 def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> Iterator[tuple[str, Sample]]:
@@ -149,7 +164,10 @@ def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> I
         chosen = {name: min(max(size, d.min), size if d.max is None else d.max) for name, d in gm.dims.items()}
         if tuple(sorted(chosen.items())) not in seen:
             seen.add(tuple(sorted(chosen.items())))
-            yield ", ".join(f"{name} = {value}" for name, value in chosen.items()), gm.resized(chosen, _other_values(given[0]))
+            yield (
+                ", ".join(f"{name} = {value}" for name, value in chosen.items()),
+                gm.resized(chosen, _other_values(given[0])),
+            )
 
 
 def _other_values(sample: Sample) -> Sample:
@@ -196,31 +214,31 @@ class _Judge:
             NumericsError: an output breaks the contract.
         """
         got = session.run([leaf for leaf in self._case.leaves if isinstance(leaf, torch.Tensor)])
-        for index, (name, want, have) in enumerate(zip(session.output_names, self._case.wanted, got, strict=True)):
+        for name, (place, want), have in zip(session.output_names, self._case.wanted, got, strict=True):
             wanted = want.detach() if isinstance(want, torch.Tensor) else _number(want, have)
-            problem = self._problem(index, wanted, have)
+            problem = self._problem(place, wanted, have)
             if problem is not None:
-                raise self._error(index, name, level, problem, wanted, have)
+                raise self._error(place, name, level, problem, wanted, have)
             report.results.append(OutputResult(name, self._case.label, level, measure(wanted, have)))
 
-    def _problem(self, index: int, want: torch.Tensor, have: torch.Tensor) -> str | None:
+    def _problem(self, place: int, want: torch.Tensor, have: torch.Tensor) -> str | None:
         problem = violation(self._contract, want, have)
         if problem is None or self._contract.kind != "ROUNDING" or want.dtype != have.dtype or want.shape != have.shape:
             return problem
         if self._reference is None:
             with isolated(self._gm):
-                self._reference = reference(self._gm, self._case.wanted, self._case.leaves)
-        precise, noise = self._reference.precise[index], self._reference.noise[index]
+                self._reference = reference(self._gm, self._case.outputs, self._case.leaves)
+        precise, noise = self._reference.precise[place], self._reference.noise[place]
         problem = violation(self._contract, want, have, precise, noise)
         if problem is not None:
-            noise += kernel_noise(self._gm, self._case.leaves)[index]
+            noise += kernel_noise(self._gm, self._case.leaves)[place]
             problem = violation(self._contract, want, have, precise, noise)
         return problem
 
     def _error(
-        self, index: int, name: str, level: Optimization, problem: str, want: torch.Tensor, have: torch.Tensor
+        self, place: int, name: str, level: Optimization, problem: str, want: torch.Tensor, have: torch.Tensor
     ) -> NumericsError:
-        node = _output_nodes(self._gm)[index]
+        node = _output_nodes(self._gm)[place]
         same = want.shape == have.shape and want.dtype == have.dtype
         worst = None
         if same and want.numel():
@@ -253,10 +271,10 @@ def _number(number: Any, like: torch.Tensor) -> torch.Tensor:
 
 
 def _output_nodes(gm: CapturedModule) -> list[torch.fx.Node | None]:
-    """Return the node of each output that is not None."""
+    """Return the node of each output, or None for a constant."""
     (output,) = gm.graph.find_nodes(op="output")
     flat = output.args[0] if isinstance(output.args[0], tuple | list) else [output.args[0]]
-    return [leaf if isinstance(leaf, torch.fx.Node) else None for leaf in flat if leaf is not None]
+    return [leaf if isinstance(leaf, torch.fx.Node) else None for leaf in flat]
 
 
 def _passes(gm: CapturedModule) -> str:

@@ -12,7 +12,17 @@ from torch._ops import OpOverload
 
 from fxopt.errors import InvariantError
 
-__all__ = ["arg", "dtype", "module_path", "shape", "shape_text", "source_line", "source_location", "tensor_arg", "value"]
+__all__ = [
+    "arg",
+    "dtype",
+    "module_path",
+    "shape",
+    "shape_text",
+    "source_line",
+    "source_location",
+    "tensor_arg",
+    "value",
+]
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _LIBRARY = re.compile(r"[/\\](site-packages|dist-packages|lib[/\\]python3[^/\\]*)[/\\]")

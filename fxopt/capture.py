@@ -11,6 +11,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fxopt.args import dtype, shape_text, size_text, source_line
+from fxopt.attributes import attach
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
 from fxopt.errors import CaptureError, describe
 from fxopt.graph_module import CapturedModule, InputSpec
@@ -114,7 +115,9 @@ def _check_leaves(sample: Sample) -> None:
                     )
                 )
         elif leaf is not None and not isinstance(leaf, bool | int | float | torch.dtype | torch.device):
-            raise CaptureError(describe(f"{where} is neither a tensor nor a number", got=f"{type(leaf).__name__} {leaf!r}"[:200]))
+            raise CaptureError(
+                describe(f"{where} is neither a tensor nor a number", got=f"{type(leaf).__name__} {leaf!r}"[:200])
+            )
 
 
 def _check_parameters(model: torch.nn.Module) -> None:
@@ -263,19 +266,6 @@ def _assemble(found: Trace, tensors: dict[str, torch.Tensor], samples: tuple[Sam
     return gm
 
 
-def attach(root: torch.nn.Module, path: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
-    """Register ``tensor`` under a dotted path, making plain containers on the way."""
-    *parents, leaf = path.split(".")
-    for part in parents:
-        if part not in root._modules:
-            root.add_module(part, torch.nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
-    if isinstance(tensor, torch.nn.Parameter):
-        root.register_parameter(leaf, tensor)
-    else:
-        root.register_buffer(leaf, tensor, persistent=persistent)
-
-
 def _describe_interface(gm: CapturedModule, found: Trace, samples: tuple[Sample, ...]) -> None:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     names = dict(found.names)
@@ -283,10 +273,7 @@ def _describe_interface(gm: CapturedModule, found: Trace, samples: tuple[Sample,
         for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
             if not isinstance(size, int) and size.node.expr.is_Symbol:
                 names.setdefault(str(size.node.expr), _unused(f"{node.name}_{axis}", names.values()))
-    gm.dims = {
-        name: Dimension(name, symbol, *found.ranges.get(symbol, (0, None)))
-        for symbol, name in names.items()
-    }
+    gm.dims = {name: Dimension(name, symbol, *found.ranges.get(symbol, (0, None))) for symbol, name in names.items()}
     leaves = samples[0].leaves() if samples else [None] * len(placeholders)
     gm.inputs = tuple(_input_spec(node, leaf, names) for node, leaf in zip(placeholders, leaves, strict=True))
     gm.output_names = output_names(gm)

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
+from fxopt.attributes import hasattr_path
 from fxopt.errors import InvariantError, describe
 from fxopt.functionalize import is_in_place
 from fxopt.graph_module import CapturedModule, graph_modules
-from fxopt.rewriter import hasattr_path
 
 __all__ = ["INVARIANTS", "fingerprint", "verify"]
 
@@ -42,7 +42,11 @@ def _is_functional(node: torch.fx.Node) -> str | None:
 def _reads_what_exists(node: torch.fx.Node) -> str | None:
     if node.op != "get_attr" or node.graph.owning_module is None:
         return None
-    return None if hasattr_path(node.graph.owning_module, str(node.target)) else f"reads {node.target!r}, which does not exist"
+    return (
+        None
+        if hasattr_path(node.graph.owning_module, str(node.target))
+        else f"reads {node.target!r}, which does not exist"
+    )
 
 
 INVARIANTS: dict[str, Callable[[torch.fx.Node], str | None]] = {
@@ -62,7 +66,9 @@ def violations(gm: torch.fx.GraphModule) -> list[str]:
         outputs = 0
         for node in module.graph.nodes:
             found += [f"{node.name}: {problem}" for rule in INVARIANTS.values() if (problem := rule(node))]
-            found += [f"{node.name}: reads {n.name} before it is computed" for n in node.all_input_nodes if n not in seen]
+            found += [
+                f"{node.name}: reads {n.name} before it is computed" for n in node.all_input_nodes if n not in seen
+            ]
             if node.name in names:
                 found.append(f"{node.name}: two nodes have this name")
             seen.add(node)
@@ -87,7 +93,9 @@ def verify(gm: torch.fx.GraphModule, *, after: str = "") -> None:
     found += _interface_violations(gm) if isinstance(gm, CapturedModule) else []
     if found:
         rest = f"\n... and {len(found) - 20} more" if len(found) > 20 else ""
-        raise InvariantError(describe(f"malformed graph{f' after {after}' if after else ''}", found="\n".join(found[:20]) + rest))
+        raise InvariantError(
+            describe(f"malformed graph{f' after {after}' if after else ''}", found="\n".join(found[:20]) + rest)
+        )
 
 
 def _interface_violations(gm: CapturedModule) -> list[str]:
@@ -109,7 +117,7 @@ def fingerprint(gm: torch.fx.GraphModule) -> str:
     for name, module in gm.named_modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                digest.update(f"{name}|{node.name}|{node.op}|{node.target}|{node.args}|{node.kwargs}\n".encode())
+                digest.update(f"{name}|{node.name}|{node.op}|{node.target}|{node.args}|{node.kwargs}|{node.meta.get('modes')}\n".encode())
     for table in (gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False)):
         for name, tensor in table:
             digest.update(f"{name}|{id(tensor)}|{tensor._version}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())

@@ -40,13 +40,21 @@ class Encoder:
         if mode is None or mode.shape_env is None:
             return {}
         env = mode.shape_env
-        used = {symbol for module in gm.modules() if isinstance(module, torch.fx.GraphModule) for symbol in _symbols(module)}
+        used = {
+            symbol for module in gm.modules() if isinstance(module, torch.fx.GraphModule) for symbol in _symbols(module)
+        }
         found = {}
         for symbol in sorted(used, key=str):
-            hint = env.backed_var_to_val.get(symbol) if hasattr(env, "backed_var_to_val") else env.var_to_val.get(symbol)
+            hint = (
+                env.backed_var_to_val.get(symbol) if hasattr(env, "backed_var_to_val") else env.var_to_val.get(symbol)
+            )
             interval = env.var_to_range.get(symbol)
             low = int(interval.lower) if interval is not None and interval.lower.is_Integer else 0
-            high = int(interval.upper) if interval is not None and interval.upper.is_Integer and interval.upper < 2**60 else None
+            high = (
+                int(interval.upper)
+                if interval is not None and interval.upper.is_Integer and interval.upper < 2**60
+                else None
+            )
             found[str(symbol)] = {"hint": None if hint is None else int(hint), "min": low, "max": high}
         return found
 
@@ -87,7 +95,10 @@ class Encoder:
         if node.meta.get("stack_trace"):
             entry["stack_trace"] = node.meta["stack_trace"]
         if node.meta.get("nn_module_stack"):
-            entry["modules"] = [[key, path, kind if isinstance(kind, str) else kind.__name__] for key, (path, kind) in node.meta["nn_module_stack"].items()]
+            entry["modules"] = [
+                [key, path, kind if isinstance(kind, str) else kind.__name__]
+                for key, (path, kind) in node.meta["nn_module_stack"].items()
+            ]
         if "modes" in node.meta:
             entry["modes"] = {key: [self.item(part) for part in pair] for key, pair in node.meta["modes"].items()}
         if "fxopt" in node.meta:
@@ -138,7 +149,9 @@ class Decoder:
             if entry["hint"] is None:
                 symbol = env.create_unbacked_symint().node.expr
             else:
-                symbol = env.create_symbol(entry["hint"], source=ConstantSource(f"__{name}"), dynamic_dim=DimDynamic.DYNAMIC)
+                symbol = env.create_symbol(
+                    entry["hint"], source=ConstantSource(f"__{name}"), dynamic_dim=DimDynamic.DYNAMIC
+                )
                 env.var_to_range[symbol] = ValueRanges(entry["min"], sympy.oo if entry["max"] is None else entry["max"])
                 self._hints[symbol] = entry["hint"]
             self._known[name] = symbol
@@ -182,7 +195,12 @@ class Decoder:
             return parts if kind == "list" else tuple(parts) if kind == "tuple" else slice(*parts)
         if kind == "tensor":
             return self._fake(*content)
-        readers = {"float": float, "torch": lambda name: getattr(torch, name), "device": torch.device, "complex": lambda c: complex(*c)}
+        readers = {
+            "float": float,
+            "torch": lambda name: getattr(torch, name),
+            "device": torch.device,
+            "complex": lambda c: complex(*c),
+        }
         if kind in readers:
             return readers[kind](content)
         if kind == "symbolic":
@@ -224,7 +242,10 @@ def read_target(text: str) -> Any:
     except AttributeError:
         pass
     raise FileFormatError(
-        describe(f"the saved graph calls {text}, which is not known here", try_="import the package that registers it, then load again")
+        describe(
+            f"the saved graph calls {text}, which is not known here",
+            try_="import the package that registers it, then load again",
+        )
     )
 
 

@@ -61,7 +61,9 @@ class Contract:
 
     def __str__(self) -> str:
         if self.kind == "LOSSY":
-            return "LOSSY(" + ", ".join(f"{m} {'>=' if METRICS[m] else '<='} {floor:g}" for m, floor in self.floors) + ")"
+            return (
+                "LOSSY(" + ", ".join(f"{m} {'>=' if METRICS[m] else '<='} {floor:g}" for m, floor in self.floors) + ")"
+            )
         return self.kind
 
     def then(self, other: Contract) -> Contract:

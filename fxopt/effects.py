@@ -68,7 +68,10 @@ def has_effect(node: torch.fx.Node) -> bool:
         # Batch norm writes its running statistics while training, which its schema does not tell.
         writes_statistics = "running_mean" in argument_positions(node.target) and bool(trains(node))
         return node.target._schema.is_mutable or writes_statistics
-    return getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins") and node.target is not operator.getitem
+    return (
+        getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins")
+        and node.target is not operator.getitem
+    )
 
 
 def is_pure(node: torch.fx.Node) -> bool:

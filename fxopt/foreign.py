@@ -63,7 +63,9 @@ class ForeignPass(Pass):
         claimed = getattr(result, "modified", None)
         made = copy if result is None else getattr(result, "graph_module", result)
         if not isinstance(made, torch.fx.GraphModule):
-            raise PassError(f"{self.label} returned a {type(made).__name__}; wanted a GraphModule, a PassResult or None")
+            raise PassError(
+                f"{self.label} returned a {type(made).__name__}; wanted a GraphModule, a PassResult or None"
+            )
         before = len(rw.changes)
         rw.adopt(made, why=f"by {self.label}")
         if claimed is False and len(rw.changes) > before:
@@ -87,9 +89,13 @@ def adopt(gm: CapturedModule, other: torch.fx.GraphModule) -> list[tuple[str, st
     found = [("inserted", name, source_line(node)) for name, node in after.items() if name not in before]
     found += [("erased", name, None) for name in before if name not in after]
     found += [
-        ("replaced", name, source_line(node)) for name, node in after.items() if name in before and before[name] != _content(node)
+        ("replaced", name, source_line(node))
+        for name, node in after.items()
+        if name in before and before[name] != _content(node)
     ]
-    found += [("tensor", name, None) for name, tensor in _tensors(gm) if name in tensors and tensors[name] is not tensor]
+    found += [
+        ("tensor", name, None) for name, tensor in _tensors(gm) if name in tensors and tensors[name] is not tensor
+    ]
     return found
 
 

@@ -24,7 +24,7 @@ def freeze_mode(rw: Rewriter) -> None:
     mode = "train" if gm.training else "eval"
     for module in graph_modules(gm):
         for node in module.graph.nodes:
-            node.meta.pop("modes", None)
+            rw.fix_mode(node, why=f"the graph is fixed to {mode} mode")
     for node in rw.calls(SELECT_MODE):
         train, evaluation, training = node.args
         rw.replace_value(node, train if training else evaluation, why=f"the graph is fixed to {mode} mode")  # type: ignore[arg-type]
@@ -33,7 +33,12 @@ def freeze_mode(rw: Rewriter) -> None:
             rw.discard(node, why=f"inactive in {mode} mode")
     for module in graph_modules(gm):
         for node in reversed(module.graph.nodes):
-            if node.op == "call_function" and not node.users and not has_effect(node) and not (gm.training and is_random(node)):
+            if (
+                node.op == "call_function"
+                and not node.users
+                and not has_effect(node)
+                and not (gm.training and is_random(node))
+            ):
                 rw.erase(node, why=f"nothing reads it in {mode} mode")
     if gm.modes == "both":
         gm.modes, gm.modes_reason = mode, "it was frozen to that mode"  # type: ignore[assignment]

@@ -14,24 +14,42 @@ Writes into buffers become one ``fxopt.update_buffer`` at the end. Writes into i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.args import arg, source_line
 from fxopt.errors import CaptureError, describe
 from fxopt.ops import UPDATE_BUFFER
+from fxopt.view_inverses import PART_INVERSES, VIEW_INVERSES
 
 __all__ = ["functionalize", "is_in_place"]
 
 aten = torch.ops.aten
-_METADATA_ONLY = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_", "resize_", "set_"}
+_METADATA_ONLY = {
+    "t_",
+    "transpose_",
+    "swapaxes_",
+    "swapdims_",
+    "squeeze_",
+    "unsqueeze_",
+    "as_strided_",
+    "resize_",
+    "set_",
+}
 _FUNCTIONAL_FORM = {
     ("normal_", "default"): ("normal_functional", "default"),
     ("bernoulli_", "float"): ("bernoulli", "p"),
+    ("floor_divide_", "Tensor"): ("floor_divide", "default"),
+    ("pow_", "Tensor"): ("pow", "Tensor_Tensor"),
+    ("float_power_", "Tensor"): ("float_power", "Tensor_Tensor"),
+    ("__ilshift__", "Tensor"): ("__lshift__", "Tensor"),
+    ("__ilshift__", "Scalar"): ("__lshift__", "Scalar"),
+    ("__irshift__", "Tensor"): ("__rshift__", "Tensor"),
+    ("__irshift__", "Scalar"): ("__rshift__", "Scalar"),
     ("__iand__", "Tensor"): ("__and__", "Tensor"),
     ("__iand__", "Scalar"): ("__and__", "Scalar"),
     ("__ior__", "Tensor"): ("__or__", "Tensor"),
@@ -48,7 +66,18 @@ _SAME_ELEMENTS = {
 }  # fmt: skip
 _RESHAPING = {
     "aten::" + name
-    for name in ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze", "view_as", "reshape_as", "ravel", "_unsafe_view")
+    for name in (
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "unsqueeze",
+        "squeeze",
+        "view_as",
+        "reshape_as",
+        "ravel",
+        "_unsafe_view",
+    )
 }
 
 
@@ -69,10 +98,10 @@ def functionalize(graph: torch.fx.Graph, kinds: dict[str, str]) -> torch.fx.Grap
     """
     if not any(is_in_place(node.target) for node in graph.nodes if node.op == "call_function"):
         return graph
-    return _Functionalizer(graph, kinds).run()
+    return Functionalizer(graph, kinds).run()
 
 
-class _Functionalizer:
+class Functionalizer:
     """One run over a graph. ``new`` maps old nodes to the nodes of the new graph that hold their *current* value."""
 
     def __init__(self, graph: torch.fx.Graph, kinds: dict[str, str]) -> None:
@@ -147,8 +176,16 @@ class _Functionalizer:
         name = target._schema.name.removeprefix("aten::")
         mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         first = target._schema.arguments[0].name
-        if not target._schema.name.startswith("aten::") or mutated != [first] or name in _METADATA_ONLY or not name.endswith("_"):
-            raise self._refusal(node, f"{target} writes into {', '.join(mutated) or 'its arguments'} in a way that has no functional form")
+        if (
+            not target._schema.name.startswith("aten::")
+            or mutated != [first]
+            or name in _METADATA_ONLY
+            or not name.endswith("_")
+        ):
+            raise self.refusal(
+                node,
+                f"{target} writes into {', '.join(mutated) or 'its arguments'} in a way that has no functional form",
+            )
         victim = arg(node, first)
         value = self._functional_value(node, victim, name)
         self._write(victim, value, node)
@@ -162,30 +199,32 @@ class _Functionalizer:
     def _functional_value(self, node: torch.fx.Node, victim: torch.fx.Node, name: str) -> torch.fx.Node:
         like = victim.meta["val"]
         if name in ("copy_", "fill_", "zero_"):
-            value: Any = {"copy_": lambda: arg(node, "src"), "fill_": lambda: arg(node, "value"), "zero_": lambda: 0}[name]()
+            value: Any = {"copy_": lambda: arg(node, "src"), "fill_": lambda: arg(node, "value"), "zero_": lambda: 0}[
+                name
+            ]()
             return self._filled(node, victim, value)
         suffix = node.target._overloadname
         packet_name, suffix = _FUNCTIONAL_FORM.get((name, suffix), (name[:-1], suffix))
         overload = getattr(getattr(aten, packet_name, None), suffix, None)
         if overload is None or is_in_place(overload):
-            raise self._refusal(node, f"{node.target} has no functional form")
+            raise self.refusal(node, f"{node.target} has no functional form")
         args = torch.fx.map_arg(node.args, self.current)
         kwargs = torch.fx.map_arg(node.kwargs, self.current)
-        call = self._call(node, overload, args, kwargs)
+        call = self.call(node, overload, args, kwargs)
         if call.meta["val"].dtype != like.dtype:
-            call = self._call(node, aten.to.dtype, (call, like.dtype))
+            call = self.call(node, aten.to.dtype, (call, like.dtype))
         return call
 
     def _filled(self, node: torch.fx.Node, victim: torch.fx.Node, value: Any) -> torch.fx.Node:
         """Return ``value`` (a node or a number) with the shape and element type of ``victim``."""
         like = victim.meta["val"]
         if not isinstance(value, torch.fx.Node):
-            return self._call(node, aten.full_like.default, (self.current(victim), value))
+            return self.call(node, aten.full_like.default, (self.current(victim), value))
         source = self.current(value)
         if source.meta["val"].dtype != like.dtype:
-            source = self._call(node, aten.to.dtype, (source, like.dtype))
+            source = self.call(node, aten.to.dtype, (source, like.dtype))
         if source.meta["val"].shape != like.shape:
-            source = self._call(node, aten.expand_as.default, (source, self.current(victim)))
+            source = self.call(node, aten.expand_as.default, (source, self.current(victim)))
         return source
 
     def _write(self, victim: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> None:
@@ -206,33 +245,41 @@ class _Functionalizer:
         if base.op == "get_attr":
             self.written[base] = at
 
-    def _put_part(self, part: torch.fx.Node, parts: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    def _put_part(
+        self, part: torch.fx.Node, parts: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node
+    ) -> torch.fx.Node:
         """Return what was split into ``parts``, with ``value`` in the place of one of them."""
-        inverse = _PART_INVERSES.get(_schema_name(parts))
+        inverse = PART_INVERSES.get(_schema_name(parts))
         if inverse is None:
-            raise self._refusal(at, f"it writes into a result of {parts.target}, which has no inverse", view=source_line(parts))
+            raise self.refusal(
+                at, f"it writes into a result of {parts.target}, which has no inverse", view=source_line(parts)
+            )
         return inverse(self, parts, int(part.args[1]), value, at)
 
-    def _scatter(self, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    def _scatter(
+        self, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node
+    ) -> torch.fx.Node:
         """Return the parent with ``value`` in the place that ``view`` looks at."""
         name = _schema_name(view)
         if name in _SAME_ELEMENTS and view.meta["val"].shape == parent.meta["val"].shape:
             return value
         if name in _RESHAPING:
-            return self._call(at, aten.reshape.default, (value, self._sizes(parent, at)))
-        inverse_view = _VIEW_INVERSES.get(name)
+            return self.call(at, aten.reshape.default, (value, self._sizes(parent, at)))
+        inverse_view = VIEW_INVERSES.get(name)
         if inverse_view is None:
-            raise self._refusal(at, f"it writes into a view made by {view.target}, which has no inverse", view=source_line(view))
+            raise self.refusal(
+                at, f"it writes into a view made by {view.target}, which has no inverse", view=source_line(view)
+            )
         return inverse_view(self, view, parent, value, at)
 
     def _sizes(self, node: torch.fx.Node, at: torch.fx.Node) -> list[Any]:
         """Return the sizes of a value as arguments: integers, or sym_size nodes for dynamic ones."""
         return [
-            size if isinstance(size, int) else self._call(at, aten.sym_size.int, (self.current(node), axis))
+            size if isinstance(size, int) else self.call(at, aten.sym_size.int, (self.current(node), axis))
             for axis, size in enumerate(node.meta["val"].shape)
         ]
 
-    def _call(self, at: torch.fx.Node, target: OpOverload, args: Any, kwargs: Any = None) -> torch.fx.Node:
+    def call(self, at: torch.fx.Node, target: OpOverload, args: Any, kwargs: Any = None) -> torch.fx.Node:
         node = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
         node.meta = {key: at.meta[key] for key in ("stack_trace", "nn_module_stack", "torch_fn") if key in at.meta}
         node.meta["val"] = fake_call(target, node.args, node.kwargs)
@@ -240,21 +287,25 @@ class _Functionalizer:
 
     def _check_writable(self, base: torch.fx.Node, at: torch.fx.Node) -> None:
         if base.op == "placeholder":
-            raise self._refusal(at, f"it writes into the model's input {base.name!r}, and the caller would see that")
+            raise self.refusal(at, f"it writes into the model's input {base.name!r}, and the caller would see that")
         if base.op == "get_attr" and self.kinds.get(str(base.target)) == "parameter":
-            raise self._refusal(at, f"it writes into the parameter {base.target!r}, which only an optimizer may")
+            raise self.refusal(at, f"it writes into the parameter {base.target!r}, which only an optimizer may")
         if base.op == "get_attr" and self.kinds.get(str(base.target)) != "buffer":
-            raise self._refusal(at, f"it writes into the tensor {base.target!r}; register it as a buffer, so that it is saved")
+            raise self.refusal(
+                at, f"it writes into the tensor {base.target!r}; register it as a buffer, so that it is saved"
+            )
 
     def _write_buffers(self) -> None:
         for base, at in self.written.items():
             target = self.graph.get_attr(str(base.target))
             target.meta = dict(base.meta)
-            update = self._call(at, UPDATE_BUFFER, (target, self.new[base], True))
+            update = self.call(at, UPDATE_BUFFER, (target, self.new[base], True))
             update.meta["val"] = None
 
-    def _refusal(self, node: torch.fx.Node, reason: str, **rows: str | None) -> CaptureError:
-        target = node.target._schema.name.removeprefix("aten::") if isinstance(node.target, OpOverload) else str(node.target)
+    def refusal(self, node: torch.fx.Node, reason: str, **rows: str | None) -> CaptureError:
+        target = (
+            node.target._schema.name.removeprefix("aten::") if isinstance(node.target, OpOverload) else str(node.target)
+        )
         return CaptureError(
             describe(
                 f"in-place op {target!r} cannot become part of a functional graph: {reason}",
@@ -263,85 +314,6 @@ class _Functionalizer:
                 try_="write into a copy: y = x.clone(), then modify y; or use the op that returns a new tensor",
             )
         )
-
-
-Inverse = Callable[[_Functionalizer, torch.fx.Node, torch.fx.Node, torch.fx.Node, torch.fx.Node], torch.fx.Node]
-
-
-def _inverse_slice(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    start, end = (torch.fx.map_arg(arg(view, name), f.current) for name in ("start", "end"))
-    return f._call(at, aten.slice_scatter.default, (f.current(parent), value, arg(view, "dim"), start, end, arg(view, "step")))
-
-
-def _inverse_narrow(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    start, length = arg(view, "start"), arg(view, "length")
-    if not isinstance(start, int) or not isinstance(length, int):
-        raise f._refusal(at, "it writes into a narrow() of dynamic size", view=source_line(view))
-    end = start + length if start + length != 0 else None
-    return f._call(at, aten.slice_scatter.default, (f.current(parent), value, arg(view, "dim"), start, end))
-
-
-def _inverse_select(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    index = torch.fx.map_arg(arg(view, "index"), f.current)
-    return f._call(at, aten.select_scatter.default, (f.current(parent), value, arg(view, "dim"), index))
-
-
-def _inverse_diagonal(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    places = tuple(arg(view, name) for name in ("offset", "dim1", "dim2"))
-    return f._call(at, aten.diagonal_scatter.default, (f.current(parent), value, *places))
-
-
-def _inverse_transpose(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    return f._call(at, view.target, (value, *view.args[1:]), view.kwargs)
-
-
-def _inverse_permute(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    rank = parent.meta["val"].ndim
-    dims = [d % rank for d in arg(view, "dims")]
-    return f._call(at, aten.permute.default, (value, [dims.index(d) for d in range(rank)]))
-
-
-def _inverse_movedim(f: _Functionalizer, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    return f._call(at, view.target, (value, arg(view, "destination"), arg(view, "source")))
-
-
-def _part_of_split(f: _Functionalizer, parts: torch.fx.Node, index: int, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    source = arg(parts, "self")
-    axis = arg(parts, "dim")
-    sizes = [part.shape[axis] for part in parts.meta["val"]]
-    if not all(isinstance(size, int) for size in sizes):
-        raise f._refusal(at, f"it writes into a part of {parts.target} of dynamic size", view=source_line(parts))
-    start = sum(sizes[:index])
-    base = f.current(source)
-    return f._call(at, aten.slice_scatter.default, (base, value, axis, start, start + sizes[index]))
-
-
-def _part_of_unbind(f: _Functionalizer, parts: torch.fx.Node, index: int, value: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
-    source = arg(parts, "self")
-    return f._call(at, aten.select_scatter.default, (f.current(source), value, arg(parts, "dim"), index))
-
-
-_VIEW_INVERSES: dict[str, Inverse] = {
-    "aten::slice": _inverse_slice,
-    "aten::narrow": _inverse_narrow,
-    "aten::select": _inverse_select,
-    "aten::diagonal": _inverse_diagonal,
-    "aten::transpose": _inverse_transpose,
-    "aten::swapaxes": _inverse_transpose,
-    "aten::swapdims": _inverse_transpose,
-    "aten::t": _inverse_transpose,
-    "aten::numpy_T": _inverse_transpose,
-    "aten::mT": _inverse_transpose,
-    "aten::permute": _inverse_permute,
-    "aten::movedim": _inverse_movedim,
-}
-_PART_INVERSES = {
-    "aten::split": _part_of_split,
-    "aten::split_with_sizes": _part_of_split,
-    "aten::chunk": _part_of_split,
-    "aten::tensor_split": _part_of_split,
-    "aten::unbind": _part_of_unbind,
-}
 
 
 def _schema_name(node: torch.fx.Node) -> str:
@@ -357,11 +329,19 @@ def _storage(node: torch.fx.Node) -> StorageWeakRef | None:
 
 def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
-    from torch._guards import detect_fake_mode
-
-    fakes = torch.fx.map_arg((args, kwargs), lambda node: node.meta["val"])
-    mode = detect_fake_mode(fakes)
+    nodes: list[torch.fx.Node] = []
+    fakes = torch.fx.map_arg((args, kwargs), lambda node: nodes.append(node) or node.meta["val"])  # type: ignore[func-returns-value]
+    mode = detect_fake_mode(fakes) or (fake_mode_of(nodes[0].graph) if nodes else None)
     if mode is None:
         return target(*fakes[0], **fakes[1])
     with mode:
         return target(*fakes[0], **fakes[1])
+
+
+def fake_mode_of(graph: torch.fx.Graph) -> Any:
+    """Return the fake mode of the graph's values, or None; a call of sizes alone has no tensor to tell it."""
+    for node in graph.nodes:
+        mode = detect_fake_mode(node.meta.get("val"))
+        if mode is not None:
+            return mode
+    return None

@@ -242,7 +242,11 @@ def check_leaves(gm: CapturedModule, leaves: list[Any]) -> list[Any]:
         if problem:
             got = shape_text(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf)
             raise InputError(
-                describe(f"input {spec.name!r} does not fit the captured graph: {problem}", got=got, wanted=str(spec).split(": ", 1)[1])
+                describe(
+                    f"input {spec.name!r} does not fit the captured graph: {problem}",
+                    got=got,
+                    wanted=str(spec).split(": ", 1)[1],
+                )
             )
     return leaves
 
@@ -289,7 +293,9 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
     cls = type(module).__mro__[1] if isinstance(module, torch.fx.GraphModule) else torch.nn.Module
     new = cls.__new__(cls)
     memo[id(module)] = new
-    new.__dict__.update({key: copy.copy(item) for key, item in module.__dict__.items() if key not in ("_graph", "_modules")})
+    new.__dict__.update(
+        {key: copy.copy(item) for key, item in module.__dict__.items() if key not in ("_graph", "_modules")}
+    )
     for key in ("_parameters", "_buffers"):
         new.__dict__[key] = {name: _clone_tensor(t, memo, copy_tensors) for name, t in module.__dict__[key].items()}
     new.__dict__["_modules"] = {name: _clone(child, memo, copy_tensors) for name, child in module._modules.items()}

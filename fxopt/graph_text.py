@@ -68,7 +68,9 @@ def _arguments(node: torch.fx.Node, labels: dict[torch.fx.Node, str]) -> list[st
         while len(positional) > required and _is_default(positional[-1], ordered[len(positional) - 1]):
             positional.pop()
         keywords = {key: item for key, item in keywords.items() if not _is_default(item, table[key])}
-    return [_text(item, labels) for item in positional] + [f"{key}={_text(item, labels)}" for key, item in keywords.items()]
+    return [_text(item, labels) for item in positional] + [
+        f"{key}={_text(item, labels)}" for key, item in keywords.items()
+    ]
 
 
 def _is_default(item: Any, entry: tuple[Any, Any, bool]) -> bool:

@@ -103,11 +103,17 @@ def parse_axes(text: str, inputs: ExampleInputs) -> ExampleInputs:
     for part in re.split(r"[;,\s]+", text.strip()):
         found = re.fullmatch(r"(\w+):(\d+)=(.+)", part)
         if not found:
-            raise ValueError(describe(f"{part!r} names no dynamic axis", wanted="input:axis=dimension, such as 0:0=batch or ids:1=seq<512"))
+            raise ValueError(
+                describe(
+                    f"{part!r} names no dynamic axis", wanted="input:axis=dimension, such as 0:0=batch or ids:1=seq<512"
+                )
+            )
         key, axis = found[1], int(found[2])
         names = [*map(str, range(len(args))), *kwargs]
         if key not in names:
-            raise ValueError(describe(f"there is no input {key!r} to give a dynamic axis", wanted=f"one of {', '.join(names)}"))
+            raise ValueError(
+                describe(f"there is no input {key!r} to give a dynamic axis", wanted=f"one of {', '.join(names)}")
+            )
         tensor = sample.args[int(key)] if key.isdigit() else sample.kwargs[key]
         if not isinstance(tensor, torch.Tensor) or axis >= tensor.ndim:
             got = f"shape {list(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -179,7 +185,11 @@ class _Reader:
             self.at = name.end() if name else self.at
             value = self.value()
             if name is None and kwargs:
-                self.fail("an input without a name stands behind one with a name", "names for all inputs from the first named one on", at=start)
+                self.fail(
+                    "an input without a name stands behind one with a name",
+                    "names for all inputs from the first named one on",
+                    at=start,
+                )
             if name is not None and name[1] in kwargs:
                 self.fail(f"two inputs are called {name[1]!r}", at=start)
             if name is None:
@@ -226,8 +236,14 @@ class _Reader:
         if text.lower().endswith(FILE_SUFFIXES):
             return self.file(word)
         if text in _DTYPES or text in _TORCH_NAMES:
-            self.fail(f"the sizes of {text!r} are missing", f"{text}[] for a single number, {text}[batch,3] for a matrix", at=word.end())
-        self.fail(f"{text!r} is not an input", f"for example {_EXAMPLE}; a number; or a file {', '.join(FILE_SUFFIXES)}")
+            self.fail(
+                f"the sizes of {text!r} are missing",
+                f"{text}[] for a single number, {text}[batch,3] for a matrix",
+                at=word.end(),
+            )
+        self.fail(
+            f"{text!r} is not an input", f"for example {_EXAMPLE}; a number; or a file {', '.join(FILE_SUFFIXES)}"
+        )
 
     def group(self) -> tuple[Any, ...]:
         start, items = self.at, []
@@ -250,7 +266,10 @@ class _Reader:
         sample = samples[0]
         if len(samples) != 1 or sample.kwargs or len(sample.args) != 1:
             count = len(sample.args) + len(sample.kwargs)
-            self.fail(f"{word[0]} holds {len(samples)} sample(s) of {count} input(s), not one input", "this file alone as the whole spec")
+            self.fail(
+                f"{word[0]} holds {len(samples)} sample(s) of {count} input(s), not one input",
+                "this file alone as the whole spec",
+            )
         self.at = word.end()
         return sample.args[0]
 
@@ -258,7 +277,9 @@ class _Reader:
         dtype = _DTYPES.get(found[1]) or _TORCH_NAMES.get(found[1])
         if dtype is None:
             close = difflib.get_close_matches(found[1], [*_DTYPES, *_TORCH_NAMES], n=1)
-            self.fail(f"{found[1]!r} is not an element type", f"one of {', '.join(_DTYPES)}", close[0] if close else None)
+            self.fail(
+                f"{found[1]!r} is not an element type", f"one of {', '.join(_DTYPES)}", close[0] if close else None
+            )
         end = self.text.find("]", found.end())
         if end < 0:
             self.fail("this '[' is never closed", at=found.end() - 1)
@@ -275,20 +296,32 @@ class _Reader:
     def size(self, text: str, axis: int) -> int | str:
         if text.isdigit():
             if int(text) == 0:
-                self.fail("a tensor of size 0 holds nothing to check with", "an example of size 1 or more; a dimension still allows 0 later")
+                self.fail(
+                    "a tensor of size 0 holds nothing to check with",
+                    "an example of size 1 or more; a dimension still allows 0 later",
+                )
             return int(text)
         given = _EXAMPLE_SIZE.match(text)
         example = int(given["size"]) if given else None
         try:
             dim = parse_dimension(given["dimension"] if given else text)
         except ValueError:
-            self.fail(f"{text!r} is not a size", "an integer, or a name with optional bounds and example size: batch, batch=4, 2<=seq<512")
+            self.fail(
+                f"{text!r} is not a size",
+                "an integer, or a name with optional bounds and example size: batch, batch=4, 2<=seq<512",
+            )
         name, bounded = dim.__name__, (dim.min, dim.max) != (parse_dimension("any").min, parse_dimension("any").max)
         if dim.max is not None and dim.max < 2:
-            self.fail(f"dimension {name!r} has room for no size but {dim.max}", "a bound of 2 or more, or a plain integer instead of a name")
+            self.fail(
+                f"dimension {name!r} has room for no size but {dim.max}",
+                "a bound of 2 or more, or a plain integer instead of a name",
+            )
         known = self.dims.setdefault(name, _Size(dim, self.at, bounded, example, leading=axis == 0))
         if bounded and known.bounded and (known.dim.min, known.dim.max) != (dim.min, dim.max):
-            self.fail(f"dimension {name!r} is given two different ranges", "one range; where it is named again, the name is enough")
+            self.fail(
+                f"dimension {name!r} is given two different ranges",
+                "one range; where it is named again, the name is enough",
+            )
         if bounded and not known.bounded:
             known.dim, known.bounded = dim, True
         if example is not None and known.example not in (None, example):
@@ -297,7 +330,10 @@ class _Reader:
         known.leading |= axis == 0
         low, high = known.dim.min, known.dim.max
         if known.example is not None and (known.example < max(low, 1) or (high is not None and known.example > high)):
-            self.fail(f"example size {known.example} of {name!r} lies outside its bounds", f"a size from {max(low, 1)} to {high or 'any'}")
+            self.fail(
+                f"example size {known.example} of {name!r} lies outside its bounds",
+                f"a size from {max(low, 1)} to {high or 'any'}",
+            )
         return name
 
     def span(self, dtype: torch.dtype) -> tuple[float, float] | None:
@@ -316,7 +352,10 @@ class _Reader:
             self.fail(f"{found[0]} is not a range of {'numbers' if dtype.is_floating_point else 'integers'}", at=start)
         limits = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
         if not (math.isfinite(low) and math.isfinite(high)) or low < limits.min or high > limits.max:
-            self.fail(f"{found[0]} does not fit {str(dtype).removeprefix('torch.')}", f"numbers from {limits.min:g} to {limits.max:g}")
+            self.fail(
+                f"{found[0]} does not fit {str(dtype).removeprefix('torch.')}",
+                f"numbers from {limits.min:g} to {limits.max:g}",
+            )
         if low > high:
             self.fail(f"{found[0]} holds no value: {low:g} > {high:g}")
         self.at = found.end()
@@ -334,7 +373,9 @@ class _Reader:
         return random_tensor(shape, leaf.dtype, leaf.span, self.random)
 
 
-def random_tensor(shape: list[int], dtype: torch.dtype, span: tuple[float, float] | None, random: torch.Generator) -> torch.Tensor:
+def random_tensor(
+    shape: list[int], dtype: torch.dtype, span: tuple[float, float] | None, random: torch.Generator
+) -> torch.Tensor:
     """Return a random tensor; see the top of this module for what is drawn where ``span`` is None."""
     if dtype.is_floating_point or dtype.is_complex:
         if span is None:
@@ -351,5 +392,6 @@ def random_tensor(shape: list[int], dtype: torch.dtype, span: tuple[float, float
             drawn[..., 0] = True
         return drawn.to(dtype)
     low, high = int(span[0]), int(span[1])
-    return torch.randint(low, min(high + 1, torch.iinfo(torch.int64).max), shape, generator=random, dtype=torch.int64).to(dtype)
-
+    return torch.randint(
+        low, min(high + 1, torch.iinfo(torch.int64).max), shape, generator=random, dtype=torch.int64
+    ).to(dtype)

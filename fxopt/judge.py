@@ -68,7 +68,9 @@ class Judge:
         self._references: dict[int, Reference] = {}
         self._gm = gm
 
-    def judge(self, candidate: CapturedModule, contract: Contract, *, evaluation_only: bool) -> tuple[str | None, list[tuple[Any, ...] | None]]:
+    def judge(
+        self, candidate: CapturedModule, contract: Contract, *, evaluation_only: bool
+    ) -> tuple[str | None, list[tuple[Any, ...] | None]]:
         """Return how ``candidate`` breaks the contract, or None, and what it yielded for each case."""
         self._prepare()
         yielded: list[tuple[Any, ...] | None] = []
@@ -80,14 +82,19 @@ class Judge:
             try:
                 got = _run(candidate, case)
             except Exception as error:
-                return f"on {case.label}: the rewritten graph cannot run: {type(error).__name__}: {str(error)[:400]}", yielded
+                return (
+                    f"on {case.label}: the rewritten graph cannot run: {type(error).__name__}: {str(error)[:400]}",
+                    yielded,
+                )
             problem = self._compare(index, contract, want, got)
             if problem:
                 return f"on {case.label}: {problem}", yielded
             yielded.append(got)
         return None, yielded
 
-    def accept(self, candidate: CapturedModule, contract: Contract, yielded: list[tuple[Any, ...] | None]) -> tuple[OutputError, ...]:
+    def accept(
+        self, candidate: CapturedModule, contract: Contract, yielded: list[tuple[Any, ...] | None]
+    ) -> tuple[OutputError, ...]:
         """Take ``candidate`` as the graph that later ones are compared with; return its error against the first one."""
         if not yielded:
             return ()
@@ -111,7 +118,9 @@ class Judge:
                 self._original.append(_run(self._gm, case))
             except Exception as error:
                 self._original.append(None)
-                self.refused.append(f"not checked on {case.label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}")
+                self.refused.append(
+                    f"not checked on {case.label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
+                )
         self._latest = list(self._original)
 
     def _compare(self, index: int, contract: Contract, want: tuple[Any, ...], got: tuple[Any, ...]) -> str | None:
@@ -123,11 +132,14 @@ class Judge:
         if contract.kind == "ROUNDING":
             known = self._reference(index)
             plain = [
-                violation(contract, w, g, p, n) for w, g, p, n in zip(want, got, known.precise, known.noise, strict=True)
+                violation(contract, w, g, p, n)
+                for w, g, p, n in zip(want, got, known.precise, known.noise, strict=True)
             ]
         names = list(self._gm.output_names)
         labels = [names.pop(0) if w is not None and names else f"#{i}" for i, w in enumerate(want)]
-        return next((f"output {label!r}: {problem}" for label, problem in zip(labels, plain, strict=True) if problem), None)
+        return next(
+            (f"output {label!r}: {problem}" for label, problem in zip(labels, plain, strict=True) if problem), None
+        )
 
     def _reference(self, index: int) -> Reference:
         """Return the float64 reference of a case.

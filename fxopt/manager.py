@@ -217,7 +217,9 @@ def _check_honesty(item: Pass, good: CapturedModule, stamp: str, result: PassRes
 
 
 def _contract_text(item: Pass, problem: str, result: PassResult) -> str:
-    changes = "; ".join(f"{c.kind} {c.node} ({c.why})" + (f" at {c.source}" if c.source else "") for c in result.changes[:3])
+    changes = "; ".join(
+        f"{c.kind} {c.node} ({c.why})" + (f" at {c.source}" if c.source else "") for c in result.changes[:3]
+    )
     more = f"; and {len(result.changes) - 3} more" if len(result.changes) > 3 else ""
     return describe(f"{item.spec()} breaks its contract {item.contract}", found=problem, changes=changes + more)
 

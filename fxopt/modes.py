@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from fxopt.args import argument_positions, module_path, source_line
+from fxopt.args import arg, argument_positions, module_path, source_line, source_location
 from fxopt.effects import is_random
 from fxopt.functionalize import fake_call
 from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
@@ -68,21 +68,26 @@ class _Merger:
                     self._only(b, 1)
         return self.graph
 
-    def _key(self, node: torch.fx.Node, which: int) -> tuple[str, ...]:
+    def _key(self, node: torch.fx.Node, which: int) -> tuple[Any, ...]:
+        """Return what a node of one trace has in common with its twin in the other: not its flags, nor its inputs."""
         target = str(node.target)
         if node.op == "get_attr":
             return (node.op, self.same_tensor.get(target, target) if which else target)
-        return (node.op, target, module_path(node)) if node.op == "call_function" else (node.op, target)
+        if node.op != "call_function":
+            return (node.op, target)
+        sizes = tuple(str(item) for item in node.args if _is_size(item))
+        return (node.op, target, module_path(node), source_location(node), sizes)
 
     def _both(self, a: torch.fx.Node, b: torch.fx.Node) -> None:
         if a.op == "output":
             self._outputs(a, b)
             return
         modes: dict[str, tuple[Any, Any]] = {}
-        args = tuple(self._argument(a, i, x, y, modes) for i, (x, y) in enumerate(_zip(a, a.args, b.args)))
-        kwargs = {k: self._argument(a, k, x, b.kwargs.get(k), modes) for k, x in a.kwargs.items()}
-        if set(a.kwargs) != set(b.kwargs):
-            raise Unmergeable(f"{a.target} is called with other keywords in each mode, at {source_line(a)}")
+        x, y = (a.args, a.kwargs), (b.args, b.kwargs)
+        if len(a.args) != len(b.args) or set(a.kwargs) != set(b.kwargs):
+            x, y = _in_full(a), _in_full(b)
+        args = tuple(self._argument(a, i, p, q, modes) for i, (p, q) in enumerate(zip(x[0], y[0], strict=True)))
+        kwargs = {key: self._argument(a, key, p, y[1][key], modes) for key, p in x[1].items()}
         node = self.graph.create_node(a.op, a.target, args, kwargs, a.name, a.type)
         node.meta = dict(a.meta)
         if modes:
@@ -96,7 +101,7 @@ class _Merger:
             return type(x)(self._argument(node, place, p, q, modes) for p, q in zip(x, y, strict=True))
         if type(x) is type(y) and (x == y or (x != x and y != y)):
             return x
-        if isinstance(x, bool | int | float) and isinstance(y, bool | int | float) and isinstance(node.target, OpOverload):
+        if isinstance(x, bool | float) and isinstance(y, bool | float) and isinstance(node.target, OpOverload):
             modes[_argument_name(node.target, place)] = (x, y) if self.first_trains else (y, x)
             return x
         raise Unmergeable(f"{node.target} gets {x} in one mode and {y} in the other, at {source_line(node)}")
@@ -106,6 +111,8 @@ class _Merger:
             return x
         if (x, y) not in self.selected:
             a, b = x.meta.get("val"), y.meta.get("val")
+            if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt) and str(a) == str(b):
+                return x  # one size, computed in two ways; the symbols of both traces are named after the inputs
             tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
             if not tensors or a.dtype != b.dtype or [str(s) for s in a.shape] != [str(s) for s in b.shape]:
                 raise Unmergeable(f"{x.name} and {y.name} are of different types in the two modes, at {source_line(at)}")
@@ -156,10 +163,19 @@ class _Merger:
         self.graph.output(results).meta = dict(a.meta)
 
 
-def _zip(node: torch.fx.Node, x: Any, y: Any) -> list[tuple[Any, Any]]:
-    if len(x) != len(y):
-        raise Unmergeable(f"{node.target} has {len(x)} arguments in one mode and {len(y)} in the other, at {source_line(node)}")
-    return list(zip(x, y, strict=True))
+def _in_full(node: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return all arguments of an operator call, those at their default included."""
+    if not isinstance(node.target, OpOverload):
+        raise Unmergeable(f"{node.target} is called with other arguments in each mode, at {source_line(node)}")
+    table = argument_positions(node.target)
+    positional = tuple(arg(node, name) for name, (position, _, _) in table.items() if position is not None)
+    return positional, {name: arg(node, name) for name, (position, _, _) in table.items() if position is None}
+
+
+def _is_size(item: Any) -> bool:
+    if isinstance(item, list | tuple):
+        return all(_is_size(part) for part in item)
+    return isinstance(item, int) and not isinstance(item, bool)
 
 
 def _argument_name(target: OpOverload, place: int | str) -> str:

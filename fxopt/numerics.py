@@ -25,7 +25,12 @@ from fxopt.contracts import METRICS, Contract
 __all__ = ["Errors", "Reference", "measure", "reference", "run_float64", "violation"]
 
 _FLOOR_EPS = 4.0
-_WIDER = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.complex64: torch.complex128}
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +84,11 @@ def measure(want: torch.Tensor, got: torch.Tensor) -> Errors:
     return Errors(
         max_abs=float(error.flatten()[worst]),
         max_rel=float(relative.max()),
-        sqnr_db=math.inf if noise == 0 else -math.inf if signal == 0 or math.isinf(noise) else 10 * math.log10(signal / noise),
+        sqnr_db=math.inf
+        if noise == 0
+        else -math.inf
+        if signal == 0 or math.isinf(noise)
+        else 10 * math.log10(signal / noise),
         cosine=float((a * b).sum()) / norms if norms > 0 else float(noise == 0),
         top1_agreement=_top1(w, g),
         worst_flat=worst,
@@ -167,7 +176,11 @@ def reference(gm: torch.fx.GraphModule, outputs: Sequence[Any], leaves: Sequence
 
 
 def _noise(output: Any, precise: Any) -> float:
-    if not isinstance(output, torch.Tensor) or not (output.is_floating_point() or output.is_complex()) or output.numel() == 0:
+    if (
+        not isinstance(output, torch.Tensor)
+        or not (output.is_floating_point() or output.is_complex())
+        or output.numel() == 0
+    ):
         return 0.0
     finite = precise.isfinite() & output.isfinite()
     if not bool(finite.any()):
@@ -210,8 +223,13 @@ def violation(contract: Contract, want: Any, got: Any, precise: Any = None, nois
         bound = contract.factor * noise
         if error.max_abs <= bound:
             return None
-        return f"error {error.max_abs:.3g} at {list(error.worst)} exceeds the ROUNDING bound {bound:.3g}" + _worst(want, got, error)
-    return f"{found.mismatches} of {found.size} elements differ, by up to {found.max_abs:.3g} at {list(found.worst)}" + _worst(want, got, found)
+        return f"error {error.max_abs:.3g} at {list(error.worst)} exceeds the ROUNDING bound {bound:.3g}" + _worst(
+            want, got, error
+        )
+    return (
+        f"{found.mismatches} of {found.size} elements differ, by up to {found.max_abs:.3g} at {list(found.worst)}"
+        + _worst(want, got, found)
+    )
 
 
 def _worst(want: torch.Tensor, got: torch.Tensor, errors: Errors) -> str:
@@ -222,5 +240,7 @@ def _floor_violation(contract: Contract, found: Errors) -> str | None:
     for metric, floor in contract.floors:
         value = float(getattr(found, metric))
         if not (value >= floor if METRICS[metric] else value <= floor):
-            return f"{metric} is {value:.4g}, the contract says {'at least' if METRICS[metric] else 'at most'} {floor:g}"
+            return (
+                f"{metric} is {value:.4g}, the contract says {'at least' if METRICS[metric] else 'at most'} {floor:g}"
+            )
     return None

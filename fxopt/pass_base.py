@@ -103,7 +103,9 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx is untyped here
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
             if given != field.default:
-                options.append(f"{field.name}={'|'.join(map(str, given)) if isinstance(given, tuple | frozenset) else given}")
+                options.append(
+                    f"{field.name}={'|'.join(map(str, given)) if isinstance(given, tuple | frozenset) else given}"
+                )
         return self.name + (f"{{{','.join(options)}}}" if options else "")
 
 

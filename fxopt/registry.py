@@ -47,7 +47,9 @@ def known_passes() -> dict[str, type[Pass]]:
         if not (isinstance(item, type) and issubclass(item, Pass)):
             raise PassError(f"entry point {entry.name!r} is {item!r}, not a subclass of fxopt.Pass")
         if found.setdefault(item.name, item) is not item:
-            raise PassError(f"two packages register a pass {item.name!r}: {found[item.name].__module__} and {item.__module__}")
+            raise PassError(
+                f"two packages register a pass {item.name!r}: {found[item.name].__module__} and {item.__module__}"
+            )
     return found
 
 
@@ -67,7 +69,9 @@ def resolve(item: Any) -> Pass:
         return item()
     if callable(item) and not isinstance(item, type | torch.nn.Module):
         return ForeignPass.of(item)
-    raise TypeError(f"{item!r} is not a pass; wanted a name, a fxopt.Pass, a torch.fx PassBase or a function of a GraphModule")
+    raise TypeError(
+        f"{item!r} is not a pass; wanted a name, a fxopt.Pass, a torch.fx PassBase or a function of a GraphModule"
+    )
 
 
 def parse_passes(text: str) -> list[Pass]:
@@ -102,7 +106,9 @@ def _option(cls: type[Pass], text: str) -> tuple[str, Any]:
         close = difflib.get_close_matches(key, fields, n=1)
         raise PassError(
             describe(
-                f"pass {cls.name!r} has no option {key!r}" if equals else f"option {text!r} of {cls.name!r} has no value",
+                f"pass {cls.name!r} has no option {key!r}"
+                if equals
+                else f"option {text!r} of {cls.name!r} has no value",
                 wanted=", ".join(f"{name}={field.default}" for name, field in fields.items()) or "no options",
                 try_=f"{cls.name}{{{close[0]}={value}}}" if close else None,
             )
@@ -163,6 +169,3 @@ def _split(text: str, separator: str) -> list[str]:
 def resolve_all(passes: str | Iterable[Any]) -> list[Pass]:
     """Return the passes of a list, or of a text."""
     return parse_passes(passes) if isinstance(passes, str) else [resolve(item) for item in passes]
-
-
-

@@ -116,7 +116,10 @@ class Report:
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         for step in self.steps:
-            lines += [f"  {step.name}: undone {_sites(undone)}\n    " + undone.why.replace("\n", "\n    ") for undone in step.rolled_back]
+            lines += [
+                f"  {step.name}: undone {_sites(undone)}\n    " + undone.why.replace("\n", "\n    ")
+                for undone in step.rolled_back
+            ]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -125,7 +128,9 @@ class Report:
         lines = []
         for step in self.steps:
             lines.append(f"{step.name}: {step.status}")
-            lines += [f"  {c.kind:<9} {c.node}: {c.why}" + (f"   [{c.source}]" if c.source else "") for c in step.changes]
+            lines += [
+                f"  {c.kind:<9} {c.node}: {c.why}" + (f"   [{c.source}]" if c.source else "") for c in step.changes
+            ]
             lines += [f"  {'left':<9} {s.node}: {s.why}" + (f"   [{s.source}]" if s.source else "") for s in step.skips]
         return "\n".join(lines)
 
@@ -133,7 +138,9 @@ class Report:
 def _step(entry: dict[str, Any]) -> Step:
     pairs = {key: tuple(entry[key]) for key in ("nodes", "parameter_bytes")}
     undone = tuple(RolledBack(tuple(item["sites"]), item["why"]) for item in entry["rolled_back"])
-    errors = tuple(OutputError(item["output"], float(item["max_abs"]), float(item["sqnr_db"])) for item in entry["errors"])
+    errors = tuple(
+        OutputError(item["output"], float(item["max_abs"]), float(item["sqnr_db"])) for item in entry["errors"]
+    )
     changes = tuple(Change(**item) for item in entry["changes"])
     skips = tuple(Skip(**item) for item in entry["skips"])
     return Step(**(entry | pairs | {"rolled_back": undone, "errors": errors, "changes": changes, "skips": skips}))

@@ -17,6 +17,7 @@ import torch
 from torch._guards import detect_fake_mode
 
 from fxopt.args import argument_positions, dtype, shape, shape_text, source_line, value
+from fxopt.attributes import attach, get_path, hasattr_path, named_tensors, read_attributes, remove_unread
 from fxopt.effects import has_effect
 from fxopt.errors import InvariantError, PassError, describe
 from fxopt.functionalize import fake_call
@@ -73,9 +74,10 @@ class Rewriter:
         self.skips: list[Skip] = []
         self._only = None if only is None else frozenset(only)
         self._site = ""
-        self._attributes = {name for name, _ in _named_tensors(gm)}
+        self._attributes = {name for name, _ in named_tensors(gm)}
         self._removable = read_attributes(gm)
         self._fake_mode: Any = None
+        self._reads: dict[tuple[torch.fx.Graph, int], int] | None = None
         self._touched: set[torch.fx.GraphModule] = set()
 
     # ---- reading
@@ -86,34 +88,38 @@ class Rewriter:
         The list is taken at the start: nodes made meanwhile are not visited, nodes erased meanwhile neither.
         """
         for module in graph_modules(self.gm):
-            for node in list(module.graph.nodes):
-                if node._erased or node.op in ("placeholder", "output"):
-                    continue
-                site = self.site_name(node)
-                if self._only is not None and site not in self._only:
-                    continue
-                outer, self._site = self._site, site
-                yield node
-                self._site = outer
+            yield from self.nodes_of(module)
 
     def calls(self, *targets: Any) -> Iterator[torch.fx.Node]:
         """Yield the calls of any of ``targets``; each is one site. See :meth:`nodes`."""
         wanted = frozenset(targets)
         for module in graph_modules(self.gm):
-            for node in list(module.graph.nodes):
-                if node._erased or node.op != "call_function" or node.target not in wanted:
-                    continue
-                site = self.site_name(node)
-                if self._only is not None and site not in self._only:
-                    continue
-                outer, self._site = self._site, site
-                yield node
-                self._site = outer
+            found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in wanted]
+            yield from self._sites(found)
+
+    def nodes_of(self, module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
+        """Yield the nodes of one graph alone. See :meth:`nodes`."""
+        yield from self._sites([node for node in module.graph.nodes if node.op not in ("placeholder", "output")])
+
+    def _sites(self, nodes: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
+        for node in nodes:
+            if node._erased:
+                continue
+            site = self.site_name(node)
+            if self._only is not None and site not in self._only:
+                continue
+            outer, self._site = self._site, site
+            yield node
+            self._site = outer
 
     def site_name(self, node: torch.fx.Node) -> str:
         """Return the name that stands for the node across reruns of the pass."""
         owner = node.graph.owning_module
-        return node.name if owner is self.gm else f"{id(owner.graph) if owner is None else _path_of(self.gm, owner)}/{node.name}"
+        return (
+            node.name
+            if owner is self.gm
+            else f"{id(owner.graph) if owner is None else _path_of(self.gm, owner)}/{node.name}"
+        )
 
     def value(self, node: torch.fx.Node) -> Any:
         """Return what the node yields: a FakeTensor, a SymInt or number, or a tuple of these."""
@@ -135,10 +141,22 @@ class Rewriter:
         """
         if node.op != "get_attr":
             raise TypeError(f"{node.name} is a {node.op}, not the read of an attribute")
-        found = _get(_owner(node), str(node.target))
+        found = get_path(_owner(node), str(node.target))
         if not isinstance(found, torch.Tensor):
             raise TypeError(f"{node.name} reads {node.target!r}, which is a {type(found).__name__}")
         return found
+
+    def readers(self, path: str, graph: torch.fx.Graph) -> int:
+        """Return how many ``get_attr`` nodes of a graph read the attribute ``path``, or the same tensor by another name."""
+        if self._reads is None:
+            self._reads = {}
+            for module in graph_modules(self.gm):
+                for node in module.graph.nodes:
+                    if node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor):
+                        key = (module.graph, id(get_path(module, str(node.target))))
+                        self._reads[key] = self._reads.get(key, 0) + 1
+        owner = graph.owning_module
+        return 0 if owner is None else self._reads.get((graph, id(get_path(owner, path))), 0)
 
     # ---- changing
 
@@ -154,7 +172,14 @@ class Rewriter:
         self._erase_dead([node])
 
     def replace_call(
-        self, node: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, why: str, sources: Sequence[torch.fx.Node] = ()
+        self,
+        node: torch.fx.Node,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        why: str,
+        sources: Sequence[torch.fx.Node] = (),
     ) -> torch.fx.Node:
         """Compute the value of ``node`` by another call, which takes over its name, and return that call.
 
@@ -178,7 +203,14 @@ class Rewriter:
         return new
 
     def insert_call(
-        self, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, before: torch.fx.Node, why: str, sources: Sequence[torch.fx.Node] = ()
+        self,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        before: torch.fx.Node,
+        why: str,
+        sources: Sequence[torch.fx.Node] = (),
     ) -> torch.fx.Node:
         """Insert a call before ``before`` and return it; ``sources`` default to ``before``."""
         new = self._call(before, target, args, kwargs, list(sources) or [before])
@@ -199,9 +231,10 @@ class Rewriter:
         self._record("argument", node, why)
         self._erase_dead(old)
 
-    def replace_input(self, node: torch.fx.Node, old: torch.fx.Node, new: torch.fx.Node, *, why: str) -> None:
-        """Let ``node`` alone read ``new`` where it read ``old``, and bring its value up to date."""
-        node.replace_input_with(old, new)
+    def replace_argument(self, node: torch.fx.Node, old: torch.fx.Node, new: Any, *, why: str) -> None:
+        """Let ``node`` alone take ``new``, a node or a number, where it took ``old``, and bring its value up to date."""
+        swap = torch.fx.map_arg((node.args, node.kwargs), lambda source: new if source is old else source)
+        node.args, node.kwargs = swap
         if node.op == "call_function":
             node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
         self._record("argument", node, why)
@@ -214,10 +247,17 @@ class Rewriter:
             PassError: the node is read, or has an effect.
         """
         if node.users or has_effect(node):
-            reason = f"it is read by {', '.join(user.name for user in node.users)}" if node.users else "it has an effect"
+            reason = (
+                f"it is read by {', '.join(user.name for user in node.users)}" if node.users else "it has an effect"
+            )
             raise PassError(f"{self.pass_name} cannot erase {node.name}: {reason}")
         self._record("erased", node, why)
         self._erase_dead([node])
+
+    def fix_mode(self, node: torch.fx.Node, *, why: str) -> None:
+        """Make the arguments of the current mode the only ones."""
+        if node.meta.pop("modes", None) is not None:
+            self._record("argument", node, why)
 
     def discard(self, node: torch.fx.Node, *, why: str) -> None:
         """Erase a node that nobody reads although it has an effect, and what only it read.
@@ -226,13 +266,17 @@ class Rewriter:
             PassError: the node is read.
         """
         if node.users:
-            raise PassError(f"{self.pass_name} cannot discard {node.name}: it is read by {', '.join(user.name for user in node.users)}")
+            raise PassError(
+                f"{self.pass_name} cannot discard {node.name}: it is read by {', '.join(user.name for user in node.users)}"
+            )
         self._record("erased", node, why)
         inputs = list(node.all_input_nodes)
         node.graph.erase_node(node)
         self._erase_dead(inputs)
 
-    def constant(self, name: str, tensor: torch.Tensor, *, near: torch.fx.Node, trainable: bool = False, why: str = "") -> torch.fx.Node:
+    def constant(
+        self, name: str, tensor: torch.Tensor, *, near: torch.fx.Node, trainable: bool = False, why: str = ""
+    ) -> torch.fx.Node:
         """Add a tensor to the graph and return the node that reads it.
 
         Args:
@@ -242,8 +286,6 @@ class Rewriter:
         """
         owner = _owner(near)
         path = self._fresh_name(name)
-        from fxopt.capture import attach
-
         attach(owner, path, torch.nn.Parameter(tensor.detach()) if trainable else tensor.detach())
         self._attributes.add(path)
         self._removable.add(path)
@@ -301,7 +343,14 @@ class Rewriter:
 
     # ---- inside
 
-    def _call(self, at: torch.fx.Node, target: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None, sources: Sequence[torch.fx.Node]) -> torch.fx.Node:
+    def _call(
+        self,
+        at: torch.fx.Node,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+        sources: Sequence[torch.fx.Node],
+    ) -> torch.fx.Node:
         with at.graph.inserting_before(at):
             new = at.graph.call_function(target, tuple(args), dict(kwargs or {}))
         try:
@@ -310,7 +359,11 @@ class Rewriter:
             got = ", ".join(f"{n.name}: {shape_text(value(n))}" for n in new.all_input_nodes)
             at.graph.erase_node(new)
             raise PassError(
-                describe(f"{self.pass_name} builds a call of {target} that cannot run: {error}", got=got, source=source_line(at))
+                describe(
+                    f"{self.pass_name} builds a call of {target} that cannot run: {error}",
+                    got=got,
+                    source=source_line(at),
+                )
             ) from error
         self._annotate(new, sources)
         return new
@@ -383,52 +436,3 @@ def _owner(node: torch.fx.Node) -> torch.nn.Module:
 
 def _path_of(root: torch.nn.Module, wanted: torch.nn.Module) -> str:
     return next(name for name, module in root.named_modules() if module is wanted)
-
-
-def _get(root: torch.nn.Module, path: str) -> Any:
-    found: Any = root
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def hasattr_path(root: torch.nn.Module, path: str) -> bool:
-    """Return whether ``root`` has something under a dotted path."""
-    try:
-        _get(root, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _named_tensors(root: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)
-
-
-def read_attributes(gm: torch.fx.GraphModule) -> set[str]:
-    """Return the dotted name of every attribute that the graph, or a graph inside it, reads."""
-    found: set[str] = set()
-    for name, module in gm.named_modules():
-        if isinstance(module, torch.fx.GraphModule):
-            prefix = f"{name}." if name else ""
-            found |= {prefix + str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    return found
-
-
-def remove_unread(gm: CapturedModule, names: Collection[str]) -> list[str]:
-    """Remove those of the named tensors that no graph reads, and containers that became empty; return their names."""
-    read = read_attributes(gm)
-    removed = [name for name in names if name not in read and hasattr_path(gm, name)]
-    for name in removed:
-        *parents, leaf = name.split(".")
-        chain: list[torch.nn.Module] = [gm]
-        for part in parents:
-            chain.append(chain[-1]._modules[part])  # type: ignore[arg-type]
-        delattr(chain[-1], leaf)
-        for depth in range(len(parents), 0, -1):
-            module = chain[depth]
-            if isinstance(module, torch.fx.GraphModule) or module._parameters or module._buffers or module._modules:
-                break
-            del chain[depth - 1]._modules[parents[depth - 1]]
-    return removed

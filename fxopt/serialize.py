@@ -21,6 +21,7 @@ import torch
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from fxopt.attributes import attach
 from fxopt.codec import Decoder, Encoder, read_tree, write_tree
 from fxopt.dimensions import Dimension, Sample
 from fxopt.errors import FileFormatError, describe
@@ -106,20 +107,27 @@ def _write(gm: CapturedModule, file: Any) -> None:
     encoder = Encoder()
     header = {
         "graphs": {
-            path: encoder.graph(module.graph) for path, module in gm.named_modules() if isinstance(module, torch.fx.GraphModule)
+            path: encoder.graph(module.graph)
+            for path, module in gm.named_modules()
+            if isinstance(module, torch.fx.GraphModule)
         },
         "symbols": encoder.symbols(gm),
         "attributes": table,
         "arguments": list(info.orig_args),
         "in_spec": write_tree(info.in_spec),
         "out_spec": write_tree(info.out_spec),
-        "inputs": [dataclasses.asdict(spec) | {"dtype": encoder.item(spec.dtype), "shape": list(spec.shape)} for spec in gm.inputs],
+        "inputs": [
+            dataclasses.asdict(spec) | {"dtype": encoder.item(spec.dtype), "shape": list(spec.shape)}
+            for spec in gm.inputs
+        ],
         "outputs": list(gm.output_names),
         "dims": [dataclasses.asdict(dimension) for dimension in gm.dims.values()],
         "modes": gm.modes,
         "modes_reason": gm.modes_reason,
         "training": gm.training,
-        "constants": [[None if isinstance(leaf, torch.Tensor) else encoder.item(leaf) for leaf in sample] for sample in leaves],
+        "constants": [
+            [None if isinstance(leaf, torch.Tensor) else encoder.item(leaf) for leaf in sample] for sample in leaves
+        ],
         "report": gm.report.to_dict() if gm.report is not None else None,
     }
     torch.save(
@@ -140,7 +148,10 @@ def _read(file: Any, name: str) -> CapturedModule:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise FileFormatError(
-            describe(f"{name} is not a saved graph, or is damaged", got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            describe(
+                f"{name} is not a saved graph, or is damaged",
+                got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            )
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         kind = ", ".join(map(str, list(content)[:4])) if isinstance(content, dict) else type(content).__name__
@@ -153,8 +164,6 @@ def _read(file: Any, name: str) -> CapturedModule:
 
 
 def _rebuild(content: dict[str, Any]) -> CapturedModule:
-    from fxopt.capture import attach
-
     header = json.loads(content["header"])
     decoder = Decoder(header["symbols"])
     root = torch.nn.Module()
@@ -195,7 +204,8 @@ def _add_inner(root: torch.nn.Module, path: str, graph: torch.fx.Graph) -> None:
 
 def _restore_interface(gm: CapturedModule, header: dict[str, Any], decoder: Decoder, content: dict[str, Any]) -> None:
     gm.inputs = tuple(
-        InputSpec(entry["name"], decoder.item(entry["dtype"]), tuple(entry["shape"]), entry["constant"]) for entry in header["inputs"]
+        InputSpec(entry["name"], decoder.item(entry["dtype"]), tuple(entry["shape"]), entry["constant"])
+        for entry in header["inputs"]
     )
     gm.output_names = tuple(header["outputs"])
     gm.dims = {
@@ -205,12 +215,13 @@ def _restore_interface(gm: CapturedModule, header: dict[str, Any], decoder: Deco
     spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     samples = []
     for tensors, constants in zip(content["samples"], header["constants"], strict=True):
-        leaves = [decoder.item(constant) if tensor is None else tensor for tensor, constant in zip(tensors, constants, strict=True)]
+        leaves = [
+            decoder.item(constant) if tensor is None else tensor
+            for tensor, constant in zip(tensors, constants, strict=True)
+        ]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         samples.append(Sample(tuple(args), kwargs))
     gm.samples = tuple(samples)
     gm.modes, gm.modes_reason = header["modes"], header["modes_reason"]
     gm.training = header["training"]
     gm.report = Report.from_dict(header["report"]) if header["report"] else None
-
-

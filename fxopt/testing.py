@@ -48,9 +48,13 @@ def check_pass(
     stamp, told = fingerprint(before), graph_text(before)
     result = pass_(before)
     verify(result.gm, after=pass_.name)
-    assert fingerprint(before) == stamp and graph_text(before) == told, f"{pass_.name} changed the graph that it was given"
+    assert fingerprint(before) == stamp and graph_text(before) == told, (
+        f"{pass_.name} changed the graph that it was given"
+    )
     differs = fingerprint(result.gm) != stamp
-    assert result.modified == differs, f"{pass_.name} reports modified={result.modified}; the graph did {'' if differs else 'not '}change"
+    assert result.modified == differs, (
+        f"{pass_.name} reports modified={result.modified}; the graph did {'' if differs else 'not '}change"
+    )
     assert_within(pass_, before, result.gm)
     again = pass_(result.gm)
     assert not again.modified, f"a second run of {pass_.name} still changes: {again.changes[0]}"
@@ -75,5 +79,3 @@ def assert_within(pass_: Pass, before: CapturedModule, after: CapturedModule) ->
     problem, _ = judge.judge(after, pass_.contract, evaluation_only=pass_.evaluation_only)
     assert problem is None, f"{pass_.name} breaks {pass_.contract}: {problem}"
     assert len(judge.refused) < len(list(cases(before, "all"))), f"nothing could be run: {judge.refused}"
-
-

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
+import logging
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -64,7 +66,7 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     try:
         with _quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
             program = torch.export.export(
-                model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False
             )
     except FxoptError:
         raise
@@ -233,12 +235,19 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
+    shapes_log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = shapes_log.level
+    # On a data-dependent branch torch prints the graph so far; the error that is raised says it in a few lines.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        shapes_log.setLevel(logging.CRITICAL)
         # torch.export warns of attributes that recurrent layers assign to themselves while they are traced.
         warnings.filterwarnings("ignore", message="The tensor attributes? .* (was|were) assigned during export")
         warnings.filterwarnings("ignore", category=DeprecationWarning, module="torch")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
-        yield
+        try:
+            yield
+        finally:
+            shapes_log.setLevel(level)
 
 
 @contextlib.contextmanager

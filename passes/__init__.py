@@ -1,8 +1,45 @@
 """fxopt.passes: the passes, one file each, one folder for each capability."""
 
-from fxopt.pass_base import Pass
+from fxopt.pass_base import FixedPoint, Pass
+from fxopt.passes.cleanup import (
+    FoldBatchNorm,
+    FoldConstants,
+    FreezeMode,
+    MergeCommonSubexpressions,
+    RemoveDeadCode,
+    RemoveIdentities,
+    SimplifyAlgebra,
+)
 
-__all__ = ["DEFAULT", "PASSES"]
+PASSES: tuple[type[Pass], ...] = (
+    FoldBatchNorm,
+    FoldConstants,
+    FreezeMode,
+    MergeCommonSubexpressions,
+    RemoveDeadCode,
+    RemoveIdentities,
+    SimplifyAlgebra,
+)
 
-PASSES: tuple[type[Pass], ...] = ()
-DEFAULT: tuple[Pass, ...] = ()
+# What ``optimize(model)`` runs: identities first, so that batch norms stand next to their layers; dead code last.
+DEFAULT: tuple[Pass, ...] = (
+    RemoveIdentities(),
+    SimplifyAlgebra(),
+    FoldConstants(),
+    FoldBatchNorm(),
+    MergeCommonSubexpressions(),
+    RemoveDeadCode(),
+)
+
+__all__ = [
+    "DEFAULT",
+    "PASSES",
+    "FixedPoint",
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FreezeMode",
+    "MergeCommonSubexpressions",
+    "RemoveDeadCode",
+    "RemoveIdentities",
+    "SimplifyAlgebra",
+]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from fxopt.export.translations import (  # noqa: F401  (imported for the registrations)
     activations,
     attention,
+    comparison,
     control_flow,
     convolution,
     creation,
@@ -17,6 +17,7 @@ from fxopt.export.translations import (  # noqa: F401  (imported for the registr
     index,
     linear,
     normalization,
+    pad,
     recurrent,
     reduce,
     resize,

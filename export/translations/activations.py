@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype
@@ -142,8 +141,9 @@ def _normalized(emit: Emitter, op_type: str, x: Value, dim: int) -> Value:
     return emit(op_type, x, axis=dim % rank(x))
 
 
-
-@translates(aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+@translates(
+    aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default
+)
 def dropout(emit: Emitter, x: Value, p: float, train: bool) -> Value:
     if train and p > 0:
         raise Refused("dropout is active: the graph is in train mode")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size
@@ -96,4 +95,6 @@ def _for_each_query_head(emit: Emitter, x: Value, query: Value) -> Value:
     if not (isinstance(heads, int) and isinstance(wanted, int)):
         raise NotTranslated("the number of heads is dynamic")
     grouped = emit.reshape(x, (*batch, heads, 1, length, width))
-    return emit.reshape(expand_to(emit, grouped, (*batch, heads, wanted // heads, length, width)), (*batch, wanted, length, width))
+    return emit.reshape(
+        expand_to(emit, grouped, (*batch, heads, wanted // heads, length, width)), (*batch, wanted, length, width)
+    )

@@ -7,7 +7,6 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.registry import Refused, translates
@@ -18,7 +17,9 @@ Graph = torch.fx.GraphModule
 
 
 @translates(higher_order.cond)
-def cond(emit: Emitter, predicate: Any, when_true: Graph, when_false: Graph, operands: Sequence[Any] = ()) -> Sequence[Value]:
+def cond(
+    emit: Emitter, predicate: Any, when_true: Graph, when_false: Graph, operands: Sequence[Any] = ()
+) -> Sequence[Value]:
     """Both branches read what they need from the graph around them."""
     if isinstance(predicate, bool):
         return emit.inline(when_true if predicate else when_false, operands)
@@ -31,7 +32,9 @@ def cond(emit: Emitter, predicate: Any, when_true: Graph, when_false: Graph, ope
 
 
 @translates(higher_order.while_loop)
-def while_loop(emit: Emitter, condition: Graph, body: Graph, carried: Sequence[Any], constants: Sequence[Any] = ()) -> Sequence[Value]:
+def while_loop(
+    emit: Emitter, condition: Graph, body: Graph, carried: Sequence[Any], constants: Sequence[Any] = ()
+) -> Sequence[Value]:
     """The condition is computed once before the loop and again at the end of each turn."""
     start = [emit.as_value(item) for item in carried]
     (first,) = emit.inline(condition, [*start, *constants])
@@ -81,4 +84,6 @@ if hasattr(higher_order, "tag_activation_checkpoint"):
 @translates(torch.ops.fxopt.update_buffer.default)
 def update_buffer(emit: Emitter, buffer: Value, value: Value, active: bool) -> None:
     if active:
-        raise Refused("the graph writes to a buffer, and an ONNX file has no state; call eval(), or return the value as an output")
+        raise Refused(
+            "the graph writes to a buffer, and an ONNX file has no state; call eval(), or return the value as an output"
+        )

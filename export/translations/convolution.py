@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
-from fxopt.export.translations.shape import out_dims, pad_value
+from fxopt.export.translations.pad import pad_value
+from fxopt.export.translations.shape import out_dims
 
 aten = torch.ops.aten
 Pair = int | Sequence[int]
@@ -33,8 +33,17 @@ def batched(emit: Emitter, x: Value, spatial: int, run: Callable[[Value], Value]
 # -- convolution -----------------------------------------------------------------------------------------------------
 
 
-@translates(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
-def conv(emit: Emitter, x: Value, weight: Value, bias: Value | None, stride: Pair, padding: Any, dilation: Pair, groups: int) -> Value:
+@translates(
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.conv3d.default,
+    aten.conv1d.padding,
+    aten.conv2d.padding,
+    aten.conv3d.padding,
+)
+def conv(
+    emit: Emitter, x: Value, weight: Value, bias: Value | None, stride: Pair, padding: Any, dilation: Pair, groups: int
+) -> Value:
     spatial = rank(weight) - 2
     dilations = spread(dilation, spatial)
     kernel = _static(dims(weight)[2:])
@@ -48,14 +57,30 @@ def conv(emit: Emitter, x: Value, weight: Value, bias: Value | None, stride: Pai
         x,
         spatial,
         lambda batch: emit(
-            "Conv", batch, weight, bias, kernel_shape=kernel, strides=spread(stride, spatial), pads=pads, dilations=dilations, group=groups
+            "Conv",
+            batch,
+            weight,
+            bias,
+            kernel_shape=kernel,
+            strides=spread(stride, spatial),
+            pads=pads,
+            dilations=dilations,
+            group=groups,
         ),
     )
 
 
 @translates(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 def conv_transpose(
-    emit: Emitter, x: Value, weight: Value, bias: Value | None, stride: Pair, padding: Pair, output_padding: Pair, groups: int, dilation: Pair
+    emit: Emitter,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Pair,
+    padding: Pair,
+    output_padding: Pair,
+    groups: int,
+    dilation: Pair,
 ) -> Value:
     spatial = rank(weight) - 2
     paddings, extra = spread(padding, spatial), spread(output_padding, spatial)
@@ -109,7 +134,14 @@ def _static(sizes: Sequence[Size]) -> list[int]:
 
 
 def _ends(
-    emit: Emitter, x: Value, spatial: int, kernel: list[int], stride: list[int], padding: list[int], dilation: list[int], out: Sequence[Size]
+    emit: Emitter,
+    x: Value,
+    spatial: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    out: Sequence[Size],
 ) -> list[int] | None:
     """Return the padding behind each axis that makes every window of a ceil-mode pool a full one, or None if dynamic."""
     ends = []
@@ -122,15 +154,28 @@ def _ends(
 
 
 def _max_pool(
-    emit: Emitter, x: Value, spatial: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool, indices: bool
+    emit: Emitter,
+    x: Value,
+    spatial: int,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    indices: bool,
 ) -> tuple[Value, ...]:
     kernels, paddings, dilations = spread(kernel, spatial), spread(padding, spatial), spread(dilation, spatial)
     strides = spread(stride, spatial) if isinstance(stride, int) or stride else kernels
     held = emit.out[0] if isinstance(emit.out, tuple | list) else emit.out
-    ends = _ends(emit, x, spatial, kernels, strides, paddings, dilations, [s if isinstance(s, int) else None for s in held.shape])  # type: ignore[misc]
+    ends = _ends(
+        emit, x, spatial, kernels, strides, paddings, dilations, [s if isinstance(s, int) else None for s in held.shape]
+    )  # type: ignore[misc]
     use_ceil = ceil_mode and (ends is None or any(end >= k for end, k in zip(ends, kernels, strict=True)))
     attributes: dict[str, Any] = dict(
-        kernel_shape=kernels, strides=strides, dilations=dilations, pads=paddings + (ends if ceil_mode and not use_ceil and ends else paddings)
+        kernel_shape=kernels,
+        strides=strides,
+        dilations=dilations,
+        pads=paddings + (ends if ceil_mode and not use_ceil and ends else paddings),
     )
     lonely = rank(x) == spatial + 1
     batch = emit("Unsqueeze", x, [0]) if lonely else x
@@ -139,13 +184,17 @@ def _max_pool(
 
 
 @translates(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
-def max_pool(emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool) -> Value:
+def max_pool(
+    emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> Value:
     assert emit.node is not None
     spatial = int(str(emit.node.target).split("pool")[1][0])
     return _max_pool(emit, x, spatial, kernel, stride, padding, dilation, ceil_mode, False)[0]
 
 
-@translates(aten.max_pool1d_with_indices.default, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default)
+@translates(
+    aten.max_pool1d_with_indices.default, aten.max_pool2d_with_indices.default, aten.max_pool3d_with_indices.default
+)
 def max_pool_with_indices(
     emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> tuple[Value, Value]:
@@ -190,19 +239,29 @@ def _avg_pool(
 
 
 def _sum_pool(
-    emit: Emitter, x: Value, kernels: list[int], strides: list[int], paddings: list[int], count_include_pad: bool, divisor: int | None
+    emit: Emitter,
+    x: Value,
+    kernels: list[int],
+    strides: list[int],
+    paddings: list[int],
+    count_include_pad: bool,
+    divisor: int | None,
 ) -> Value:
     """Average windows with PyTorch's own divisors: those of a ceil-mode pool do not count what lies behind the padding."""
     spatial = len(kernels)
     ends = _ends(emit, x, spatial, kernels, strides, paddings, [1] * spatial, out_dims(emit))
     if ends is None:
         raise NotTranslated("average pool with ceil_mode or a divisor of its own along a dynamic size")
-    padded = pad_value(emit, x, [amount for i in reversed(range(spatial)) for amount in (paddings[i], ends[i])], "constant", 0)
+    padded = pad_value(
+        emit, x, [amount for i in reversed(range(spatial)) for amount in (paddings[i], ends[i])], "constant", 0
+    )
     padded.meta.setdefault("dims", (*dims(x)[: rank(x) - spatial], *[0] * spatial))
     window = 1
     for size in kernels:
         window *= size
-    means = batched(emit, padded, spatial, lambda batch: emit("AveragePool", batch, kernel_shape=kernels, strides=strides))
+    means = batched(
+        emit, padded, spatial, lambda batch: emit("AveragePool", batch, kernel_shape=kernels, strides=strides)
+    )
     if divisor is not None:
         return emit("Mul", means, window / divisor)
     ratio = torch.ones(())
@@ -217,13 +276,22 @@ def _sum_pool(
 
 
 @translates(aten.avg_pool1d.default)
-def avg_pool1d(emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool, count_include_pad: bool) -> Value:
+def avg_pool1d(
+    emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool, count_include_pad: bool
+) -> Value:
     return _avg_pool(emit, x, 1, kernel, stride, padding, ceil_mode, count_include_pad, None)
 
 
 @translates(aten.avg_pool2d.default, aten.avg_pool3d.default)
 def avg_pool(
-    emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, ceil_mode: bool, count_include_pad: bool, divisor: int | None
+    emit: Emitter,
+    x: Value,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
 ) -> Value:
     assert emit.node is not None
     spatial = int(str(emit.node.target).split("pool")[1][0])
@@ -260,7 +328,9 @@ def _averaged_along(emit: Emitter, x: Value, axis: int, size: Size, out: Size) -
     order[axis], order[last] = last, axis
     shape = list(dims(x))
     shape[axis] = out
-    product_ = emit("MatMul", emit.transpose(x, order), _window_weights(emit, size, out), dims=[shape[a] for a in order])
+    product_ = emit(
+        "MatMul", emit.transpose(x, order), _window_weights(emit, size, out), dims=[shape[a] for a in order]
+    )
     return emit.transpose(product_, order)
 
 
@@ -311,6 +381,7 @@ def _largest_along(emit: Emitter, x: Value, axis: int, size: int, out: int) -> V
     windows = [(i * size // out, -((i + 1) * size // -out)) for i in range(out)]
     shape = [*dims(x)[:axis], out, *dims(x)[axis + 1 :]]
     pieces = [
-        emit("ReduceMax", emit("Slice", x, [start], [stop], [axis]), [axis], keepdims=1, dims=shape) for start, stop in windows
+        emit("ReduceMax", emit("Slice", x, [start], [stop], [axis]), [axis], keepdims=1, dims=shape)
+        for start, stop in windows
     ]
     return pieces[0] if out == 1 else emit("Concat", *pieces, axis=axis, dims=shape)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Number, Value
 from fxopt.export.registry import NotTranslated, translates
@@ -44,10 +43,16 @@ translates(aten.scalar_tensor.default)(_filler(0))
 
 def _range(emit: Emitter, start: Number, end: Number, step: Number) -> Value:
     dtype, (length,) = out_dtype(emit), out_dims(emit)
-    if is_static([length]) and int(length) <= _STORED and all(isinstance(number, int | float) for number in (start, end, step)):
+    if (
+        is_static([length])
+        and int(length) <= _STORED
+        and all(isinstance(number, int | float) for number in (start, end, step))
+    ):
         return emit.constant(torch.arange(start, end, step, dtype=dtype))
     if dtype.is_floating_point:
-        count = emit("Range", emit.number(0, torch.int64), emit.number(length, torch.int64), emit.number(1, torch.int64))
+        count = emit(
+            "Range", emit.number(0, torch.int64), emit.number(length, torch.int64), emit.number(1, torch.int64)
+        )
         scaled = emit.cast(count, dtype)
         scaled = scaled if step == 1 else emit("Mul", scaled, step)
         return scaled if start == 0 else emit("Add", scaled, start)
@@ -81,7 +86,11 @@ def eye(emit: Emitter, *_: Any) -> Value:
     rows, columns = out_dims(emit)
     if is_static([rows, columns]):
         return emit.constant(torch.eye(int(rows), int(columns), dtype=out_dtype(emit)))
-    return emit("EyeLike", expand_to(emit, emit.number(0, torch.float32), (rows, columns)), dtype=int(onnx_dtype(out_dtype(emit))))
+    return emit(
+        "EyeLike",
+        expand_to(emit, emit.number(0, torch.float32), (rows, columns)),
+        dtype=int(onnx_dtype(out_dtype(emit))),
+    )
 
 
 def _triangle_indices(make: Callable[..., torch.Tensor]) -> Callable[..., Value]:
@@ -109,11 +118,12 @@ def meshgrid_indexing(emit: Emitter, tensors: Sequence[Value], indexing: str) ->
     if indexing == "xy" and count > 1:
         place[0], place[1] = 1, 0
     shape = [as_size(size) for size in emit.out[0].shape]
-    return [expand_to(emit, _along(emit, vector, axis, count), shape) for vector, axis in zip(tensors, place, strict=True)]
+    return [
+        expand_to(emit, _along(emit, vector, axis, count), shape) for vector, axis in zip(tensors, place, strict=True)
+    ]
 
 
 def _along(emit: Emitter, vector: Value, axis: int, count: int) -> Value:
     shape: list[Size] = [1] * count
     shape[axis] = product(vector.meta["dims"])
     return emit.reshape(vector, shape)
-

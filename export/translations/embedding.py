@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of
 from fxopt.export.registry import translates
 from fxopt.export.sizes import Size, as_size, product
@@ -34,7 +33,12 @@ def embedding_bag_padded(
     bags = _regular_bags(emit, index, include_last_offset)
     if bags is not None and padding_idx is None:
         return _pool_regular(emit, weight, index, bags, mode, per_sample_weights), None, None, None
-    return _pool_ragged(emit, weight, index, offsets, mode, per_sample_weights, include_last_offset, padding_idx), None, None, None
+    return (
+        _pool_ragged(emit, weight, index, offsets, mode, per_sample_weights, include_last_offset, padding_idx),
+        None,
+        None,
+        None,
+    )
 
 
 @translates(aten.embedding_bag.default)
@@ -49,7 +53,9 @@ def embedding_bag(
     per_sample_weights: Value | None,
     include_last_offset: bool,
 ) -> tuple[Value | None, ...]:
-    return embedding_bag_padded(emit, weight, index, offsets, scale_grad, mode, sparse, per_sample_weights, include_last_offset, None)
+    return embedding_bag_padded(
+        emit, weight, index, offsets, scale_grad, mode, sparse, per_sample_weights, include_last_offset, None
+    )
 
 
 _SUM, _MEAN, _MAX = range(3)
@@ -66,7 +72,9 @@ def _regular_bags(emit: Emitter, index: Value, include_last_offset: bool) -> tup
     return (bags, step) if start == 0 and end == count and product([bags, step]) == count else None  # type: ignore[list-item]
 
 
-def _pool_regular(emit: Emitter, weight: Value, index: Value, bags: tuple[Size, Size], mode: int, scale: Value | None) -> Value:
+def _pool_regular(
+    emit: Emitter, weight: Value, index: Value, bags: tuple[Size, Size], mode: int, scale: Value | None
+) -> Value:
     rows = emit("Gather", weight, as_index(emit, emit.reshape(index, bags)), axis=0)
     if scale is not None:
         rows = emit("Mul", rows, emit.reshape(scale, (*bags, 1)))
@@ -74,7 +82,14 @@ def _pool_regular(emit: Emitter, weight: Value, index: Value, bags: tuple[Size, 
 
 
 def _pool_ragged(
-    emit: Emitter, weight: Value, index: Value, offsets: Value, mode: int, scale: Value | None, include_last: bool, padding: int | None
+    emit: Emitter,
+    weight: Value,
+    index: Value,
+    offsets: Value,
+    mode: int,
+    scale: Value | None,
+    include_last: bool,
+    padding: int | None,
 ) -> Value:
     """Scatter the rows into their bags. A running count of the bags' beginnings tells the bag of each row."""
     dtype, width = dtype_of(weight), dims(weight)[1]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import sympy
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size, is_static, product
@@ -82,7 +81,9 @@ def _masked(emit: Emitter, x: Value, axis: int, mask: Value) -> Value:
     return emit("Compress", merged, flat, axis=axis)
 
 
-def index_columns(emit: Emitter, x: Value, indices: Sequence[Value | None]) -> tuple[list[int], Value, tuple[Size, ...]]:
+def index_columns(
+    emit: Emitter, x: Value, indices: Sequence[Value | None]
+) -> tuple[list[int], Value, tuple[Size, ...]]:
     """Return the indexed axes, their positions as int64[..., axes], and the shape of the index without its last axis."""
     axes: list[int] = []
     columns: list[Value] = []
@@ -171,11 +172,33 @@ def diagonal(emit: Emitter, x: Value, offset: int, first: int, second: int) -> V
     length = out_dims(emit)[-1]
     if not (isinstance(rows, int) and isinstance(columns, int) and isinstance(length, int)):
         raise NotTranslated("the diagonal of axes of dynamic size")
-    steps = torch.arange(length)
-    flat = (steps + max(-offset, 0)) * columns + steps + max(offset, 0)
+    flat = _diagonal_positions(offset, columns, length)
     moved = emit.transpose(x, [*rest, a, b])
     merged = emit.reshape(moved, [*[dims(x)[axis] for axis in rest], rows * columns])
     return emit("Gather", merged, emit.constant(flat), axis=len(rest))
+
+
+@translates(aten.diagonal_scatter.default)
+def diagonal_scatter(emit: Emitter, x: Value, source: Value, offset: int, first: int, second: int) -> Value:
+    """Write along the flattened pair of axes."""
+    a, b = axis_of(first, rank(x)), axis_of(second, rank(x))
+    rest = [axis for axis in range(rank(x)) if axis not in (a, b)]
+    rows, columns, length = dims(x)[a], dims(x)[b], dims(source)[-1]
+    if not (isinstance(rows, int) and isinstance(columns, int) and isinstance(length, int)):
+        raise NotTranslated("the diagonal of axes of dynamic size")
+    flat = _diagonal_positions(offset, columns, length)
+    order = [a, b, *rest]
+    merged = emit.reshape(emit.transpose(x, order), [rows * columns, *[dims(x)[axis] for axis in rest]])
+    moved = emit.transpose(source, [rank(source) - 1, *range(rank(source) - 1)])
+    written = emit("ScatterND", merged, emit.constant(flat[:, None]), moved, dims=dims(merged))
+    back = emit.reshape(written, [rows, columns, *[dims(x)[axis] for axis in rest]])
+    return emit.transpose(back, [order.index(axis) for axis in range(rank(x))])
+
+
+def _diagonal_positions(offset: int, columns: int, length: int) -> torch.Tensor:
+    """Return where the elements of a diagonal lie in the flattened matrix."""
+    steps = torch.arange(length)
+    return (steps + max(-offset, 0)) * columns + steps + max(offset, 0)
 
 
 @translates(aten.repeat_interleave.Tensor)
@@ -186,7 +209,6 @@ def repeated_positions(emit: Emitter, repeats: Value, output_size: Size | None) 
     position = emit("Range", emit.number(0, torch.int64), total, emit.number(1, torch.int64))
     passed = emit("LessOrEqual", ends, emit("Unsqueeze", position, [1]))
     return emit.cast(emit("ReduceSum", emit.cast(passed, torch.int64), [1], keepdims=0), emit.out.dtype)
-
 
 
 @translates(aten.unfold.default, aten.unfold_copy.default)
@@ -200,7 +222,9 @@ def unfold(emit: Emitter, x: Value, dim: int, size: int, step: int) -> Value:
     if isinstance(count, int):
         positions = emit.constant(torch.arange(count)[:, None] * step + inside)
     else:
-        starts = emit("Range", emit.number(0, torch.int64), emit.number(count * step, torch.int64), emit.number(step, torch.int64))
+        starts = emit(
+            "Range", emit.number(0, torch.int64), emit.number(count * step, torch.int64), emit.number(step, torch.int64)
+        )
         positions = emit("Add", emit("Unsqueeze", starts, [1]), emit.constant(inside))
     windows = emit("Gather", x, positions, axis=axis)
     return emit.transpose(windows, [*range(axis + 1), *range(axis + 2, rank(x) + 1), axis + 1])
@@ -229,4 +253,6 @@ def cross(emit: Emitter, x: Value, y: Value, dim: int | None) -> Value:
         return emit("Gather", value, emit.constant(torch.tensor(order)), axis=axis)
 
     ahead, behind = [1, 2, 0], [2, 0, 1]
-    return emit("Sub", emit("Mul", turned(x, ahead), turned(y, behind)), emit("Mul", turned(x, behind), turned(y, ahead)))
+    return emit(
+        "Sub", emit("Mul", turned(x, ahead), turned(y, behind)), emit("Mul", turned(x, behind), turned(y, ahead))
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.translations.elementwise import out_dtype
@@ -24,7 +23,9 @@ def linear(emit: Emitter, x: Value, weight: Value, bias: Value | None) -> Value:
     return product if bias is None else emit("Add", product, bias)
 
 
-@translates(aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.inner.default)
+@translates(
+    aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.inner.default
+)
 def matmul(emit: Emitter, x: Value, y: Value) -> Value:
     assert emit.node is not None
     if rank(x) == 0 or rank(y) == 0:
@@ -92,7 +93,9 @@ def _as_matmul(emit: Emitter, terms: Sequence[str], output: str, operands: Seque
         return None
     size = dict(zip(left + right, [*dims(operands[0]), *dims(operands[1])], strict=True))
     for letter in (*batch, *summed):  # sizes of 1 broadcast in einsum
-        if any(dims(operand)[term.index(letter)] != size[letter] for term, operand in zip(terms, operands, strict=True)):
+        if any(
+            dims(operand)[term.index(letter)] != size[letter] for term, operand in zip(terms, operands, strict=True)
+        ):
             return None
 
     def matrix(operand: Value, term: str, first: Sequence[str], second: Sequence[str]) -> Value:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
@@ -35,13 +34,15 @@ def batch_norm(
 
 def _batch_statistics_norm(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
     """Normalize by the statistics of the batch, as a layer that tracks none does in evaluation too."""
-    axes = [axis for axis in range(rank(x)) if axis != 1]
+    normed = _standardized(emit, x, [axis for axis in range(rank(x)) if axis != 1], eps)
+    return _scaled(emit, normed, weight, bias, dims(x)[1])
+
+
+def _standardized(emit: Emitter, x: Value, axes: list[int], eps: float) -> Value:
+    """Return ``x`` with mean 0 and variance 1 over ``axes``."""
     centred = emit("Sub", x, emit("ReduceMean", x, axes, keepdims=1))
     spread = emit("ReduceMean", emit("Mul", centred, centred), axes, keepdims=1)
-    normed = emit("Div", centred, emit("Sqrt", emit("Add", spread, eps)), dims=dims(x))
-    if not isinstance(dims(x)[1], int):
-        raise NotTranslated("the number of channels is dynamic")
-    return _scaled(emit, normed, weight, bias, int(dims(x)[1]))
+    return emit("Div", centred, emit("Sqrt", emit("Add", spread, eps)), dims=dims(x))
 
 
 @translates(aten.native_batch_norm.default)
@@ -61,16 +62,32 @@ def native_batch_norm_of_mode(
 
 @translates(aten._native_batch_norm_legit_no_training.default)
 def native_batch_norm(
-    emit: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, momentum: float, eps: float
+    emit: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    mean: Value,
+    var: Value,
+    momentum: float,
+    eps: float,
 ) -> tuple[Value, None, None]:
     return _affine_norm(emit, x, weight, bias, mean, var, eps), None, None
 
 
-def _affine_norm(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, eps: float) -> Value:
+def _affine_norm(
+    emit: Emitter, x: Value, weight: Value | None, bias: Value | None, mean: Value, var: Value, eps: float
+) -> Value:
     channels, dtype = dims(mean)[0], dtype_of(x)
+    if dtype is torch.float64:  # ONNX's epsilon has single precision
+        column = (channels, *[1] * (rank(x) - 2))
+        centred = emit("Sub", x, emit.reshape(mean, column))
+        deviation = emit("Sqrt", emit("Add", emit.reshape(var, column), eps))
+        return _scaled(emit, emit("Div", centred, deviation, dims=dims(x)), weight, bias, channels)
     scale = _filled(emit, 1.0, channels, dtype) if weight is None else emit.cast(weight, dtype)
     shift = _filled(emit, 0.0, channels, dtype) if bias is None else emit.cast(bias, dtype)
-    return emit("BatchNormalization", x, scale, shift, emit.cast(mean, dtype), emit.cast(var, dtype), epsilon=float(eps))
+    return emit(
+        "BatchNormalization", x, scale, shift, emit.cast(mean, dtype), emit.cast(var, dtype), epsilon=float(eps)
+    )
 
 
 def _filled(emit: Emitter, number: float, size: Size, dtype: torch.dtype) -> Value:
@@ -81,8 +98,19 @@ def _filled(emit: Emitter, number: float, size: Size, dtype: torch.dtype) -> Val
 
 @translates(aten.layer_norm.default)
 def layer_norm(
-    emit: Emitter, x: Value, shape: Sequence[Size], weight: Value | None, bias: Value | None, eps: float, cudnn_enable: bool
+    emit: Emitter,
+    x: Value,
+    shape: Sequence[Size],
+    weight: Value | None,
+    bias: Value | None,
+    eps: float,
+    cudnn_enable: bool,
 ) -> Value:
+    if dtype_of(x) is torch.float64:  # ORT computes the statistics in single precision
+        axes = list(range(rank(x) - len(shape), rank(x)))
+        normed = _standardized(emit, x, axes, eps)
+        normed = normed if weight is None else emit("Mul", normed, weight)
+        return normed if bias is None else emit("Add", normed, bias)
     if weight is None:
         if not all(isinstance(size, int) for size in shape):
             raise NotTranslated("the normalized shape is dynamic and has no weight")
@@ -109,7 +137,9 @@ def rms_norm(emit: Emitter, x: Value, shape: Sequence[Size], weight: Value | Non
 
 
 @translates(aten.group_norm.default)
-def group_norm(emit: Emitter, x: Value, groups: int, weight: Value | None, bias: Value | None, eps: float, cudnn_enabled: bool) -> Value:
+def group_norm(
+    emit: Emitter, x: Value, groups: int, weight: Value | None, bias: Value | None, eps: float, cudnn_enabled: bool
+) -> Value:
     """Normalize each group as one channel, then scale: ORT has no kernel of ONNX's GroupNormalization."""
     batch, channels, *rest = dims(x)
     dtype = dtype_of(x)
@@ -118,19 +148,33 @@ def group_norm(emit: Emitter, x: Value, groups: int, weight: Value | None, bias:
     grouped = emit.reshape(x, (batch, groups, channels // groups * product(rest)))
     if batch == 0 or 0 in rest:
         return x
-    normed = emit("InstanceNormalization", grouped, _filled(emit, 1.0, groups, dtype), _filled(emit, 0.0, groups, dtype), epsilon=float(eps))
+    normed = emit(
+        "InstanceNormalization",
+        grouped,
+        _filled(emit, 1.0, groups, dtype),
+        _filled(emit, 0.0, groups, dtype),
+        epsilon=float(eps),
+    )
     emit.set_dims(normed, dims(grouped))
     return _scaled(emit, emit.reshape(normed, dims(x)), weight, bias, channels)
 
 
 @translates(aten.native_group_norm.default)
 def native_group_norm(
-    emit: Emitter, x: Value, weight: Value | None, bias: Value | None, batch: Size, channels: Size, area: Size, groups: int, eps: float
+    emit: Emitter,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    batch: Size,
+    channels: Size,
+    area: Size,
+    groups: int,
+    eps: float,
 ) -> tuple[Value, None, None]:
     return group_norm(emit, x, groups, weight, bias, eps, True), None, None
 
 
-def _scaled(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, channels: int) -> Value:
+def _scaled(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, channels: Size) -> Value:
     column = (channels, *[1] * (rank(x) - 2))
     if weight is not None:
         x = emit("Mul", x, emit.reshape(weight, column), dims=dims(x))

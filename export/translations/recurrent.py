@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.sizes import product
@@ -30,7 +29,9 @@ def lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Value, ...]:
-    return _stacked(emit, "LSTM", x, states, parameters, has_biases, layers, dropout if train else 0, bidirectional, batch_first)
+    return _stacked(
+        emit, "LSTM", x, states, parameters, has_biases, layers, dropout if train else 0, bidirectional, batch_first
+    )
 
 
 @translates(aten.gru.input)
@@ -46,7 +47,9 @@ def gru(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Value, ...]:
-    return _stacked(emit, "GRU", x, [state], parameters, has_biases, layers, dropout if train else 0, bidirectional, batch_first)
+    return _stacked(
+        emit, "GRU", x, [state], parameters, has_biases, layers, dropout if train else 0, bidirectional, batch_first
+    )
 
 
 @translates(aten.rnn_tanh.input, aten.rnn_relu.input)
@@ -62,7 +65,9 @@ def rnn(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Value, ...]:
-    return _stacked(emit, "RNN", x, [state], parameters, has_biases, layers, dropout if train else 0, bidirectional, batch_first)
+    return _stacked(
+        emit, "RNN", x, [state], parameters, has_biases, layers, dropout if train else 0, bidirectional, batch_first
+    )
 
 
 def _stacked(
@@ -86,20 +91,30 @@ def _stacked(
         raise Refused("a recurrent layer with projections (proj_size), which ONNX cannot express")
     lonely = rank(x) == 2
     if lonely:
-        x = emit("Unsqueeze", x, [0 if batch_first else 1], dims=(1, *dims(x)) if batch_first else (dims(x)[0], 1, dims(x)[1]))
+        x = emit(
+            "Unsqueeze",
+            x,
+            [0 if batch_first else 1],
+            dims=(1, *dims(x)) if batch_first else (dims(x)[0], 1, dims(x)[1]),
+        )
         states = [emit("Unsqueeze", state, [1], dims=(dims(state)[0], 1, dims(state)[1])) for state in states]
     sequence = emit.transpose(x, [1, 0, 2]) if batch_first else x
     finals: list[list[Value]] = [[] for _ in states]
     for layer in range(layers):
         own = parameters[layer * directions * each : (layer + 1) * directions * each]
         initial = [_layer_slice(emit, state, layer, layers, directions) for state in states]
-        sequence, *last = _layer(emit, kind, sequence, initial, [own[d * each : (d + 1) * each] for d in range(directions)])
+        sequence, *last = _layer(
+            emit, kind, sequence, initial, [own[d * each : (d + 1) * each] for d in range(directions)]
+        )
         for held, state in zip(finals, last, strict=True):
             held.append(state)
     results = [emit.transpose(sequence, [1, 0, 2]) if batch_first else sequence]
     results += [held[0] if layers == 1 else emit("Concat", *held, axis=0) for held in finals]
     if lonely:
-        results = [emit("Squeeze", results[0], [0 if batch_first else 1]), *[emit("Squeeze", state, [1]) for state in results[1:]]]
+        results = [
+            emit("Squeeze", results[0], [0 if batch_first else 1]),
+            *[emit("Squeeze", state, [1]) for state in results[1:]],
+        ]
     return tuple(results)
 
 
@@ -109,7 +124,9 @@ def _layer_slice(emit: Emitter, state: Value, layer: int, layers: int, direction
     return emit("Slice", state, [layer * directions], [(layer + 1) * directions], [0])
 
 
-def _layer(emit: Emitter, kind: str, sequence: Value, initial: Sequence[Value], weights: Sequence[Sequence[Value]]) -> tuple[Value, ...]:
+def _layer(
+    emit: Emitter, kind: str, sequence: Value, initial: Sequence[Value], weights: Sequence[Sequence[Value]]
+) -> tuple[Value, ...]:
     """Return the output sequence and the last states of one layer, ``weights`` being those of each direction."""
     assert emit.node is not None
     directions, hidden = len(weights), dims(weights[0][1])[1]
@@ -158,7 +175,11 @@ def _gathered(emit: Emitter, kind: str, parts: Sequence[Sequence[Value]]) -> Val
     for direction in parts:
         pieces = []
         for part in direction:
-            split = emit.many("Split", part, outputs=len(gates), axis=0, num_outputs=len(gates)) if len(gates) > 1 else (part,)
+            split = (
+                emit.many("Split", part, outputs=len(gates), axis=0, num_outputs=len(gates))
+                if len(gates) > 1
+                else (part,)
+            )
             pieces += [split[gate] for gate in gates]
         stacked.append(emit("Unsqueeze", emit("Concat", *pieces, axis=0), [0]))
     return stacked[0] if len(stacked) == 1 else emit("Concat", *stacked, axis=0)

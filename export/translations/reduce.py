@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size, product
@@ -172,7 +171,11 @@ def variance(emit: Emitter, x: Value, dim: Axes, correction: Number | None, keep
         spread = reduced(emit, "ReduceMean", squares, dim, keepdim)
     else:
         count = count_of(emit, x, dim)
-        divisor = max(count - correction, 0) if isinstance(count, int) and not hasattr(correction, "free_symbols") else count - correction
+        divisor = (
+            max(count - correction, 0)
+            if isinstance(count, int) and not hasattr(correction, "free_symbols")
+            else count - correction
+        )
         total = reduced(emit, "ReduceSum", squares, dim, keepdim)
         spread = emit("Div", total, divisor)
     return spread, mean_value if keepdim else reduced(emit, "ReduceMean", x, dim, False)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size
@@ -16,12 +15,22 @@ aten = torch.ops.aten
 
 
 def _resized(
-    emit: Emitter, x: Value, scales: Sequence[float | None] | None, mode: str, coordinates: str, antialias: bool = False, **attributes: Any
+    emit: Emitter,
+    x: Value,
+    scales: Sequence[float | None] | None,
+    mode: str,
+    coordinates: str,
+    antialias: bool = False,
+    **attributes: Any,
 ) -> Value:
     """Return ``x`` resized to the node's shape. With ``scales``, positions follow them and not the ratio of sizes."""
     axes = list(range(2, rank(x)))
-    common = dict(mode=mode, coordinate_transformation_mode=coordinates, antialias=1 if antialias else None, **attributes)
-    if scales and all(_matches(size, scale, out) for size, scale, out in zip(dims(x)[2:], scales, out_dims(emit)[2:], strict=True)):
+    common = dict(
+        mode=mode, coordinate_transformation_mode=coordinates, antialias=1 if antialias else None, **attributes
+    )
+    if scales and all(
+        _matches(size, scale, out) for size, scale, out in zip(dims(x)[2:], scales, out_dims(emit)[2:], strict=True)
+    ):
         factors = emit.constant(torch.tensor([1.0, 1.0, *scales], dtype=torch.float32))
         return emit("Resize", x, None, factors, **common)
     if scales and any(scale is not None for scale in scales):
@@ -48,7 +57,9 @@ def _linear(emit: Emitter, x: Value, align_corners: bool, scales: Sequence[float
 
 
 def _cubic(emit: Emitter, x: Value, align_corners: bool, scales: Sequence[float | None] | None) -> Value:
-    return _resized(emit, x, None if align_corners else scales, "cubic", _interpolation(align_corners), cubic_coeff_a=-0.75)
+    return _resized(
+        emit, x, None if align_corners else scales, "cubic", _interpolation(align_corners), cubic_coeff_a=-0.75
+    )
 
 
 def _nearest(emit: Emitter, x: Value, scales: Sequence[float | None] | None) -> Value:
@@ -63,7 +74,14 @@ def _antialiased(mode: str) -> Callable[..., Value]:
     def run(emit: Emitter, x: Value, align_corners: bool, scales: Sequence[float | None] | None) -> Value:
         cubic = {"cubic_coeff_a": -0.5} if mode == "cubic" else {}
         return _resized(
-            emit, x, None if align_corners else scales, mode, _interpolation(align_corners), True, exclude_outside=1, **cubic
+            emit,
+            x,
+            None if align_corners else scales,
+            mode,
+            _interpolation(align_corners),
+            True,
+            exclude_outside=1,
+            **cubic,
         )
 
     return run
@@ -72,7 +90,9 @@ def _antialiased(mode: str) -> Callable[..., Value]:
 def _aligned(run: Callable[..., Value]) -> tuple[Callable[..., Value], Callable[..., Value]]:
     """Return translations of the overload with a list of scales and of the one with a scale for each axis."""
 
-    def of_list(emit: Emitter, x: Value, size: Sequence[Size] | None, align_corners: bool, scales: Sequence[float] | None) -> Value:
+    def of_list(
+        emit: Emitter, x: Value, size: Sequence[Size] | None, align_corners: bool, scales: Sequence[float] | None
+    ) -> Value:
         return run(emit, x, align_corners, scales)
 
     def of_numbers(emit: Emitter, x: Value, size: Sequence[Size], align_corners: bool, *scales: float | None) -> Value:
@@ -93,8 +113,14 @@ def _unaligned(run: Callable[..., Value]) -> tuple[Callable[..., Value], Callabl
 
 def _register() -> None:
     aligned = {f"upsample_{name}": _linear for name in _LINEAR.values()}
-    aligned |= {"upsample_bicubic2d": _cubic, "_upsample_bilinear2d_aa": _antialiased("linear"), "_upsample_bicubic2d_aa": _antialiased("cubic")}
-    unaligned = {f"upsample_nearest{n}d": _nearest for n in (1, 2, 3)} | {f"_upsample_nearest_exact{n}d": _nearest_exact for n in (1, 2, 3)}
+    aligned |= {
+        "upsample_bicubic2d": _cubic,
+        "_upsample_bilinear2d_aa": _antialiased("linear"),
+        "_upsample_bicubic2d_aa": _antialiased("cubic"),
+    }
+    unaligned = {f"upsample_nearest{n}d": _nearest for n in (1, 2, 3)} | {
+        f"_upsample_nearest_exact{n}d": _nearest_exact for n in (1, 2, 3)
+    }
     for table, pair in ((aligned, _aligned), (unaligned, _unaligned)):
         for name, run in table.items():
             of_list, of_numbers = pair(run)
@@ -111,7 +137,9 @@ def grid_sampler(emit: Emitter, x: Value, grid: Value, mode: int, padding: int, 
         raise NotTranslated(f"grid_sample in three dimensions needs opset 20, not {emit.opset}")
     modes = ("linear", "nearest", "cubic") if emit.opset >= 20 else ("bilinear", "nearest", "bicubic")
     paddings = ("zeros", "border", "reflection")
-    return emit("GridSample", x, grid, mode=modes[mode], padding_mode=paddings[padding], align_corners=int(align_corners))
+    return emit(
+        "GridSample", x, grid, mode=modes[mode], padding_mode=paddings[padding], align_corners=int(align_corners)
+    )
 
 
 @translates(aten.affine_grid_generator.default)

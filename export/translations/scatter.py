@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.translations.elementwise import as_type, where_value
@@ -16,13 +15,20 @@ aten = torch.ops.aten
 _REDUCTIONS = {"sum": "add", "prod": "mul", "amax": "max", "amin": "min", "add": "add", "multiply": "mul"}
 
 
-def _scattered(emit: Emitter, x: Value, dim: int, index: Value, source: Value | Number, reduction: str | None = None) -> Value:
+def _scattered(
+    emit: Emitter, x: Value, dim: int, index: Value, source: Value | Number, reduction: str | None = None
+) -> Value:
     dtype = dtype_of(x)
     source = as_type(emit, source, dtype)
     index = as_index(emit, index)
     if rank(x) == 0:
         shape = dims(x)
-        return emit.reshape(_scattered(emit, emit.reshape(x, (1,)), 0, emit.reshape(index, (1,)), emit.reshape(source, (1,)), reduction), shape)
+        return emit.reshape(
+            _scattered(
+                emit, emit.reshape(x, (1,)), 0, emit.reshape(index, (1,)), emit.reshape(source, (1,)), reduction
+            ),
+            shape,
+        )
     if rank(source) == 0 and rank(index):
         source = expand_to(emit, source, dims(index))
     elif dims(source) != dims(index):
@@ -47,7 +53,9 @@ def scatter_with(emit: Emitter, x: Value, dim: int, index: Value, source: Value 
 
 
 @translates(aten.scatter_reduce.two)
-def scatter_reduce(emit: Emitter, x: Value, dim: int, index: Value, source: Value, reduce: str, include_self: bool) -> Value:
+def scatter_reduce(
+    emit: Emitter, x: Value, dim: int, index: Value, source: Value, reduce: str, include_self: bool
+) -> Value:
     """Without ``include_self``, elements that are written to start from the neutral one; a mean is a sum over a count."""
     dtype = dtype_of(x)
     kind = "sum" if reduce == "mean" else reduce
@@ -84,7 +92,9 @@ def put(emit: Emitter, x: Value, index: Value, source: Value, accumulate: bool) 
 
 
 @translates(aten.index_reduce.default)
-def index_reduce(emit: Emitter, x: Value, dim: int, index: Value, source: Value, reduce: str, include_self: bool) -> Value:
+def index_reduce(
+    emit: Emitter, x: Value, dim: int, index: Value, source: Value, reduce: str, include_self: bool
+) -> Value:
     if reduce not in _REDUCTIONS or not include_self:
         raise NotTranslated(f"index_reduce with reduce={reduce!r} and include_self={include_self}")
     return _scatter_slices(emit, x, dim, index, source, _REDUCTIONS[reduce])
@@ -116,12 +126,20 @@ def index_fill(emit: Emitter, x: Value, dim: int, index: Value, value: Value | N
 def _scatter_slices(emit: Emitter, x: Value, dim: int, index: Value, source: Value, reduction: str | None) -> Value:
     """Return ``x`` with slices of ``source`` written to, or added to, the positions ``index`` along ``dim``."""
     if rank(x) == 0:
-        return emit.reshape(_scatter_slices(emit, emit.reshape(x, (1,)), 0, index, emit.reshape(source, (1,)), reduction), ())
+        return emit.reshape(
+            _scatter_slices(emit, emit.reshape(x, (1,)), 0, index, emit.reshape(source, (1,)), reduction), ()
+        )
     axis = axis_of(dim, rank(x))
     order = [axis, *(a for a in range(rank(x)) if a != axis)]
     back = [order.index(a) for a in range(rank(x))]
     rows = emit("Reshape", as_index(emit, index), [-1, 1])
-    updated = emit("ScatterND", emit.transpose(x, order), emit.cast(rows, torch.int64), emit.transpose(source, order), reduction=reduction)
+    updated = emit(
+        "ScatterND",
+        emit.transpose(x, order),
+        emit.cast(rows, torch.int64),
+        emit.transpose(source, order),
+        reduction=reduction,
+    )
     return emit.transpose(updated, back)
 
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
-from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
+from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size, as_size, is_static
 from fxopt.export.translations.elementwise import out_dtype, where_value
@@ -91,7 +90,9 @@ def transpose(emit: Emitter, x: Value, first: int, second: int) -> Value:
     return emit.transpose(x, order)
 
 
-@translates(aten.t.default, aten.numpy_T.default, aten.adjoint.default, aten.mT.default, aten.mH.default, aten.matrix_H.default)
+@translates(
+    aten.t.default, aten.numpy_T.default, aten.adjoint.default, aten.mT.default, aten.mH.default, aten.matrix_H.default
+)
 def reverse_axes(emit: Emitter, x: Value) -> Value:
     assert emit.node is not None
     if emit.node.target in (aten.t.default, aten.numpy_T.default):
@@ -241,7 +242,9 @@ def select(emit: Emitter, x: Value, dim: int, index: Size) -> Value:
 
 
 @translates(aten.slice_scatter.default)
-def slice_scatter(emit: Emitter, x: Value, source: Value, dim: int, start: Size | None, end: Size | None, step: int) -> Value:
+def slice_scatter(
+    emit: Emitter, x: Value, source: Value, dim: int, start: Size | None, end: Size | None, step: int
+) -> Value:
     axis, size = axis_of(dim, rank(x)), dims(x)[axis_of(dim, rank(x))]
     source = emit.cast(source, dtype_of(x))
     if (start in (None, 0)) and step == 1 and dims(source) == dims(x):
@@ -283,105 +286,6 @@ def _scatter_along(emit: Emitter, x: Value, source: Value, positions: Value, axi
     back = [order.index(a) for a in range(rank(x))]
     rows = emit("Unsqueeze", positions, [1])
     return emit.transpose(emit("ScatterND", emit.transpose(x, order), rows, emit.transpose(source, order)), back)
-
-
-# -- pad, roll, flip -------------------------------------------------------------------------------------------------
-
-
-@translates(aten.pad.default)
-def pad(emit: Emitter, x: Value, padding: Sequence[Size], mode: str, value: Number | None) -> Value:
-    modes = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    if mode not in modes:
-        raise NotTranslated(f"padding mode {mode!r}")
-    return pad_value(emit, x, padding, modes[mode], value)
-
-
-@translates(aten.constant_pad_nd.default)
-def constant_pad(emit: Emitter, x: Value, padding: Sequence[Size], value: Number) -> Value:
-    return pad_value(emit, x, padding, "constant", value)
-
-
-@translates(aten.reflection_pad1d.default, aten.reflection_pad2d.default, aten.reflection_pad3d.default)
-def reflection_pad(emit: Emitter, x: Value, padding: Sequence[Size]) -> Value:
-    return pad_value(emit, x, padding, "reflect", None)
-
-
-@translates(aten.replication_pad1d.default, aten.replication_pad2d.default, aten.replication_pad3d.default)
-def replication_pad(emit: Emitter, x: Value, padding: Sequence[Size]) -> Value:
-    return pad_value(emit, x, padding, "edge", None)
-
-
-def pad_value(emit: Emitter, x: Value, padding: Sequence[Size], mode: str, value: Number | None) -> Value:
-    """Return ``x`` padded. ``padding`` is PyTorch's: (before, after) from the last axis backwards."""
-    if all(size == 0 for size in padding):
-        return x
-    axes = [rank(x) - 1 - i for i in range(len(padding) // 2)]
-    before, after = list(padding[0::2]), list(padding[1::2])
-    if mode == "wrap" and emit.opset < 19:
-        return _wrap(emit, x, axes, before, after)
-    if mode != "constant":
-        x, before, after = _cropped(emit, x, axes, before, after)
-    kept = [i for i in range(len(axes)) if before[i] != 0 or after[i] != 0]
-    if not kept:
-        return x
-    amounts = [before[i] for i in kept] + [after[i] for i in kept]
-    fill = emit.number(value or 0, dtype_of(x)) if mode == "constant" and value not in (None, 0) else None
-    return emit("Pad", x, amounts, fill, [axes[i] for i in kept], mode=None if mode == "constant" else mode)
-
-
-def _cropped(
-    emit: Emitter, x: Value, axes: Sequence[int], before: Sequence[Size], after: Sequence[Size]
-) -> tuple[Value, list[Size], list[Size]]:
-    """Apply negative padding, which crops, and return the padding that is left."""
-    rest: tuple[list[Size], list[Size]] = (list(before), list(after))
-    for i, axis in enumerate(axes):
-        start, stop = (-amount if isinstance(amount, int) and amount < 0 else 0 for amount in (before[i], after[i]))
-        if start or stop:
-            x = emit("Slice", x, [start], [-stop if stop else INT_MAX], [axis])
-            rest[0][i], rest[1][i] = (0 if start else before[i]), (0 if stop else after[i])
-    return x, *rest
-
-
-def _wrap(emit: Emitter, x: Value, axes: Sequence[int], before: Sequence[Size], after: Sequence[Size]) -> Value:
-    for axis, left, right in zip(axes, before, after, strict=True):
-        pieces = [emit("Slice", x, [-left], [INT_MAX], [axis])] if left != 0 else []
-        pieces += [x] + ([emit("Slice", x, [0], [right], [axis])] if right != 0 else [])
-        x = emit("Concat", *pieces, axis=axis)
-    return x
-
-
-@translates(aten.roll.default)
-def roll(emit: Emitter, x: Value, shifts: Sequence[Size], axes: Sequence[int]) -> Value:
-    if not axes:
-        flat = emit.reshape(x, out_dims_of_flat(x))
-        return emit.reshape(_rolled(emit, flat, shifts[0], 0), dims(x))
-    for shift, dim in zip(shifts, axes, strict=True):
-        x = _rolled(emit, x, shift, axis_of(dim, rank(x)))
-    return x
-
-
-def _rolled(emit: Emitter, x: Value, shift: Size, axis: int) -> Value:
-    size = dims(x)[axis]
-    if isinstance(shift, int) and isinstance(size, int) and size:
-        shift = shift % size
-    elif isinstance(shift, int) and size != 0:
-        # The split point is taken modulo the size at run time.
-        point = emit("Mod", emit.sizes.vector([-shift]), emit.sizes.vector([size]))
-        front = emit("Slice", x, emit.constant(torch.tensor([0])), point, [axis])
-        back = emit("Slice", x, point, [INT_MAX], [axis])
-        return emit("Concat", back, front, axis=axis, dims=dims(x))
-    if shift == 0 or size == 0:
-        return x
-    back, front = emit("Slice", x, [-shift], [INT_MAX], [axis]), emit("Slice", x, [0], [-shift], [axis])
-    return emit("Concat", back, front, axis=axis, dims=dims(x))
-
-
-@translates(aten.flip.default)
-def flip(emit: Emitter, x: Value, axes: Sequence[int]) -> Value:
-    if not axes or rank(x) == 0:
-        return x
-    count = len(axes)
-    return emit("Slice", x, [-1] * count, [-INT_MAX] * count, [axis_of(axis, rank(x)) for axis in axes], [-1] * count)
 
 
 # -- triangles and diagonals -----------------------------------------------------------------------------------------
@@ -428,7 +332,11 @@ def channel_shuffle(emit: Emitter, x: Value, groups: int) -> Value:
 
 @translates(aten.masked_select.default)
 def masked_select(emit: Emitter, x: Value, mask: Value) -> Value:
-    shape = tuple(as_size(size) for size in torch.broadcast_shapes(emit_shape(x), emit_shape(mask))) if is_static(dims(x) + dims(mask)) else None
+    shape = (
+        tuple(as_size(size) for size in torch.broadcast_shapes(emit_shape(x), emit_shape(mask)))
+        if is_static(dims(x) + dims(mask))
+        else None
+    )
     if shape is None and dims(x) != dims(mask):
         raise NotTranslated("mask and tensor have different dynamic shapes")
     shape = shape or dims(x)
@@ -441,4 +349,4 @@ def emit_shape(x: Value) -> tuple[int, ...]:
     return tuple(int(size) for size in dims(x))
 
 
-__all__ = ["axis_of", "expand_to", "out_dims", "pad_value", "where_value"]
+__all__ = ["axis_of", "expand_to", "out_dims", "where_value"]

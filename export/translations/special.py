@@ -7,16 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-
-from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
+from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, translates
-from fxopt.export.translations.elementwise import as_type, out_dtype, where_value
+from fxopt.export.translations.elementwise import Tensor, as_type, out_dtype, where_value
 from fxopt.export.translations.reduce import reduced
 from fxopt.export.translations.shape import axis_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
-Tensor = Value | Number
 
 
 @translates(aten.log1p.default, aten.special_log1p.default)
@@ -154,7 +152,11 @@ def isclose(emit: Emitter, x: Value, y: Value, rtol: float, atol: float, equal_n
     error = emit("Abs", emit("Sub", a, b))
     near = emit("And", emit("LessOrEqual", error, allowed), emit("Less", error, math.inf))
     near = emit("Or", equal, near)
-    return emit("Or", near, emit("And", emit("IsNaN", a), emit("IsNaN", b))) if equal_nan and dtype.is_floating_point else near
+    return (
+        emit("Or", near, emit("And", emit("IsNaN", a), emit("IsNaN", b)))
+        if equal_nan and dtype.is_floating_point
+        else near
+    )
 
 
 @translates(aten.cosine_similarity.default)
@@ -188,7 +190,9 @@ def logcumsumexp(emit: Emitter, x: Value, dim: int) -> Value:
     while step < size:  # element i takes in element i - step, logarithmically many times
         earlier = emit("Pad", emit("Slice", x, [0], [size - step], [axis]), [step, 0], -math.inf, [axis])
         above = emit("Max", x, earlier)
-        gap = emit("Where", emit("Equal", x, earlier), emit.number(0.0, dtype_of(x)), emit("Abs", emit("Sub", x, earlier)))
+        gap = emit(
+            "Where", emit("Equal", x, earlier), emit.number(0.0, dtype_of(x)), emit("Abs", emit("Sub", x, earlier))
+        )
         x = emit("Add", above, log1p(emit, emit("Exp", emit("Neg", gap))))
         step *= 2
     return x
@@ -217,7 +221,8 @@ def _running_extreme(op_type: str) -> Any:
                 stays = emit("Or", emit("IsNaN", kept[0]), emit("And", stays, emit("Not", emit("IsNaN", earlier[0]))))
             head = [emit("Slice", value, [0], [step], [axis]) for value in (x, position)]
             x, position = (
-                emit("Concat", h, where_value(emit, stays, k, e), axis=axis) for h, k, e in zip(head, kept, earlier, strict=True)
+                emit("Concat", h, where_value(emit, stays, k, e), axis=axis)
+                for h, k, e in zip(head, kept, earlier, strict=True)
             )
             step *= 2
         return x, position
@@ -304,7 +309,9 @@ def _register_primitives() -> None:
     """Let torch's primitives, which decompositions are made of, be translated like the operators of the same name."""
     unary = "abs acos acosh asin asinh atan atanh cos cosh ceil erf erfc exp exp2 expm1 floor isfinite log log1p log2 log10 neg"
     unary += " reciprocal round rsqrt sign signbit sin sinh sqrt tan tanh trunc"
-    binary = "atan2 bitwise_and bitwise_or bitwise_xor eq fmax fmin fmod ge gt hypot le lt maximum minimum mul ne remainder"
+    binary = (
+        "atan2 bitwise_and bitwise_or bitwise_xor eq fmax fmin fmod ge gt hypot le lt maximum minimum mul ne remainder"
+    )
     for name in (*unary.split(), *binary.split()):
         packet = getattr(aten, name)
         source = packet.default if "default" in packet.overloads() else packet.Tensor

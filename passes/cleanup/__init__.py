@@ -1,1 +1,19 @@
 """Lossless clean-up of a graph."""
+
+from fxopt.passes.cleanup.fold_batch_norm import FoldBatchNorm
+from fxopt.passes.cleanup.fold_constants import FoldConstants
+from fxopt.passes.cleanup.freeze_mode import FreezeMode
+from fxopt.passes.cleanup.merge_common_subexpressions import MergeCommonSubexpressions
+from fxopt.passes.cleanup.remove_dead_code import RemoveDeadCode
+from fxopt.passes.cleanup.remove_identities import RemoveIdentities
+from fxopt.passes.cleanup.simplify_algebra import SimplifyAlgebra
+
+__all__ = [
+    "FoldBatchNorm",
+    "FoldConstants",
+    "FreezeMode",
+    "MergeCommonSubexpressions",
+    "RemoveDeadCode",
+    "RemoveIdentities",
+    "SimplifyAlgebra",
+]

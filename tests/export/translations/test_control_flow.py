@@ -38,7 +38,7 @@ def test_branch_with_sizes_and_several_results():
         return torch.cond(
             x.sum() > 0,
             lambda t: (t.reshape(t.shape[0] * 2, 2), t.new_ones(t.shape[0])),
-            lambda t: (t.reshape(-1, 2) * 2, t[:, 0]),
+            lambda t: (t.reshape(-1, 2) * 2, t[:, 0] * t.shape[0]),
             (x,),
         )
 

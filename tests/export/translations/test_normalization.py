@@ -6,15 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.export.proof import op_types, prove
-from tests.models.base import settle
 
 pytestmark = pytest.mark.ort
 
 
 def settled(layer: nn.Module) -> nn.Module:
-    settle(layer)
-    for parameter in layer.parameters():
-        nn.init.uniform_(parameter, 0.5, 1.5)
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5)
     return layer
 
 
@@ -39,6 +38,10 @@ def test_layer_norm(shape, options):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_layer_norm_of_other_types(dtype):
     prove(settled(nn.LayerNorm(5)).to(dtype), torch.randn(3, 5).to(dtype))
+
+
+def test_double_precision_is_kept():
+    prove(settled(nn.BatchNorm2d(4)).double(), torch.randn(3, 4, 5, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("opset", [20, 23])

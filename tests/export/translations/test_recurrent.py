@@ -61,6 +61,7 @@ def test_computed_weights_are_rearranged_by_nodes():
     prove(Masked(), torch.randn(3, 5, 4))
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_projections_are_refused():
     gm = captured(nn.LSTM(4, 6, proj_size=3, batch_first=True), torch.randn(3, 5, 4))
     with pytest.raises(fxopt.ExportError, match="proj_size"):
