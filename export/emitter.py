@@ -173,7 +173,7 @@ class Emitter:
             else:
                 if like is None:
                     raise TypeError("a number needs a value beside it that tells its type; use emit.number")
-                values.append(self.number(given, torch_dtype(like)))  # type: ignore[arg-type]
+                values.append(self.number(given, torch_dtype(like)))
         while values and values[-1] is None:
             values.pop()
         return values
@@ -191,7 +191,8 @@ class Emitter:
         if key not in self._constants:
             text = "constant"
             if tensor.numel() <= _NAMED_CONSTANT:
-                text = f"{str(tensor.dtype).removeprefix('torch.')}{tensor.tolist()}".replace(" ", "")
+                held = str(tensor.tolist()).replace(" ", "")
+                text = f"{str(tensor.dtype).removeprefix('torch.')}{held if tensor.ndim else f'({held})'}"
             self._constants[key] = self.initializer(text, tensor)
         return self._constants[key]
 
@@ -336,4 +337,4 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 def _plain(number: sympy.Basic) -> int | float:
-    return int(number) if number.is_integer else float(number)  # type: ignore[arg-type]
+    return int(number) if number.is_integer else float(number)

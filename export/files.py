@@ -96,7 +96,7 @@ class OnnxFile:
     def written(
         self, target: Path | None, external_data: ExternalData, prove: Callable[[Path | bytes], ValidationReport | None]
     ) -> OnnxFile:
-        """Write the model, let ``prove`` look at what was written, and put it in its place only if that does not raise."""
+        """Write the model, let ``prove`` look at what was written, and put it in place only if that does not raise."""
         if target is None:
             return dataclasses.replace(self, validation=prove(self.to_bytes()))
         with _writing(target) as folder:

@@ -12,7 +12,9 @@ __all__ = ["finish"]
 def finish(graph: ir.Graph) -> None:
     """Remove what nothing reads, store transposed weights, and drop unused initializers of ``graph``."""
     remove_dead_nodes(graph)
-    while any([store_transposed(value) for value in list(graph.initializers.values())]):
+    while sum(  # not any(): each is to be tried
+        store_transposed(value) for value in list(graph.initializers.values())
+    ):
         pass
     for name, value in list(graph.initializers.items()):
         if not value.uses():

@@ -15,21 +15,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 
 __all__ = ["TRANSLATIONS", "NotTranslated", "Refused", "Translation", "translates"]
 
 Translation = Callable[..., Any]
+F = TypeVar("F", bound=Callable[..., Any])
 Target = OpOverload | HigherOrderOperator | Callable[..., Any]
 
 
-class NotTranslated(Exception):
+class NotTranslated(Exception):  # noqa: N818  (it steers the search, and never reaches the user)
     """A translation does not cover these arguments; the next way to translate the operator is tried."""
 
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818  (it reaches the user as ExportError)
     """No translation of these arguments would be right; the export ends here."""
 
 
@@ -37,7 +38,7 @@ TRANSLATIONS: dict[Any, Translation] = {}
 """Operator: the function that translates it."""
 
 
-def translates(*targets: Target | OpOverloadPacket, replace: bool = False) -> Callable[[Translation], Translation]:
+def translates(*targets: Target | OpOverloadPacket, replace: bool = False) -> Callable[[F], F]:
     """Register the decorated function as the translation of operators.
 
     Args:
@@ -50,11 +51,12 @@ def translates(*targets: Target | OpOverloadPacket, replace: bool = False) -> Ca
         ValueError: the operator has a translation already, and ``replace`` is not set.
     """
 
-    def register(function: Translation) -> Translation:
+    def register(function: F) -> F:
         for target in _overloads(targets):
             if target in TRANSLATIONS and not replace:
                 raise ValueError(
-                    f"{target} is translated by {TRANSLATIONS[target].__qualname__} already; pass replace=True to replace it"
+                    f"{target} is translated by {TRANSLATIONS[target].__qualname__} already; "
+                    "pass replace=True to replace it"
                 )
             _check_signature(target, function)
             TRANSLATIONS[target] = function

@@ -85,7 +85,8 @@ class Session:
         if not isinstance(inputs, Mapping):
             if len(inputs) != len(self.input_names):
                 raise ExportError(
-                    f"the model takes {len(self.input_names)} inputs and got {len(inputs)}: {', '.join(self.input_names)}"
+                    f"the model takes {len(self.input_names)} inputs and got {len(inputs)}: "
+                    f"{', '.join(self.input_names)}"
                 )
             inputs = dict(zip(self.input_names, inputs, strict=True))
         try:
@@ -125,6 +126,6 @@ def _to_ort(tensor: torch.Tensor) -> Any:
 
 def _from_ort(value: Any) -> torch.Tensor:
     if value.data_type() == "tensor(bfloat16)":
-        return torch.from_dlpack(value._ortvalue)  # numpy has no such type
+        return torch.utils.dlpack.from_dlpack(value._ortvalue)  # numpy has no such type
     array = value.numpy()
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -2,7 +2,7 @@
 
 A dynamic size is a sympy expression over the symbols of torch.export. Each is computed from the tensor that first shows
 its symbol (mostly a graph input, where ``Shape`` costs nothing), once, however many nodes of the torch.fx graph compute
-it again: a chain of ``sym_size``, ``mul`` and ``floordiv`` nodes leaves no trace in the file unless its value is needed.
+it again: a chain of ``sym_size``, ``mul`` and ``floordiv`` nodes leaves no trace in the file unless it is needed.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _INT_MAX = 2**63 - 1
 _CALLS: dict[Any, str] = {
     sympy.Max: "Max", symbolic.Max: "Max", sympy.Min: "Min", symbolic.Min: "Min", sympy.Abs: "Abs",
     sympy.Eq: "Equal", sympy.Lt: "Less", sympy.Le: "LessOrEqual", sympy.Gt: "Greater", sympy.Ge: "GreaterOrEqual",
-    sympy.And: "And", sympy.Or: "Or", sympy.Not: "Not", symbolic.Mod: "Mod", symbolic.PythonMod: "Mod", sympy.Mod: "Mod",
-    symbolic.CleanDiv: "Div", symbolic.LShift: "BitShift", symbolic.PowByNatural: "Pow", symbolic.FloatPow: "Pow",
-    symbolic.Where: "Where",
+    sympy.And: "And", sympy.Or: "Or", sympy.Not: "Not", symbolic.Mod: "Mod", symbolic.PythonMod: "Mod",
+    sympy.Mod: "Mod", symbolic.CleanDiv: "Div", symbolic.LShift: "BitShift", symbolic.PowByNatural: "Pow",
+    symbolic.FloatPow: "Pow", symbolic.Where: "Where",
 }  # fmt: skip
 _ROUNDINGS: dict[Any, str | None] = {
     symbolic.TruncToInt: None, symbolic.TruncToFloat: None, symbolic.FloorToInt: "Floor", symbolic.CeilToInt: "Ceil",
@@ -90,7 +90,7 @@ class SizeEmitter:
     def _source(self, symbol: sympy.Symbol) -> tuple[ir.Value, int | None] | None:
         for scope in self._emit.scope.chain():
             if symbol in scope.sources:
-                return scope.sources[symbol]  # type: ignore[no-any-return]
+                return scope.sources[symbol]
         return None
 
     def text(self, size: Size) -> str:
@@ -110,7 +110,7 @@ class SizeEmitter:
         """Return ``sizes`` as an int64 vector."""
         sizes = [as_size(size) for size in sizes]
         if all(isinstance(size, int) for size in sizes):
-            return self._emit.constant(torch.tensor(sizes, dtype=torch.int64))  # type: ignore[no-any-return]
+            return self._emit.constant(torch.tensor(sizes, dtype=torch.int64))
         key = ("vector", *sizes)
         if (known := self._known(key)) is None:
             pieces = self._pieces(sizes)
@@ -135,6 +135,7 @@ class SizeEmitter:
                 isinstance(first, sympy.Symbol) and (found := self._source(first)) is not None and found[1] is not None
             ):
                 value, axis = found
+                assert axis is not None
                 while (
                     end < len(sizes)
                     and isinstance(sizes[end], sympy.Symbol)
@@ -174,7 +175,7 @@ class SizeEmitter:
     def _known(self, key: Any) -> ir.Value | None:
         for scope in self._emit.scope.chain():
             if key in scope.computed:
-                return scope.computed[key]  # type: ignore[no-any-return]
+                return scope.computed[key]
         return None
 
     def _remember(self, key: Any, value: ir.Value) -> None:
@@ -188,7 +189,7 @@ class SizeEmitter:
         if isinstance(expression, bool | int | float):
             dtype = {bool: torch.bool, int: torch.int64, float: torch.float64}[type(expression)]
             bounded = max(min(expression, _INT_MAX), -_INT_MAX) if dtype is torch.int64 else expression
-            return emit.constant(torch.tensor([bounded], dtype=dtype))  # type: ignore[no-any-return]
+            return emit.constant(torch.tensor([bounded], dtype=dtype))
         if isinstance(expression, sympy.Symbol):
             return self._symbol(expression)
         function = expression.func
@@ -199,22 +200,23 @@ class SizeEmitter:
         if function in (symbolic.FloorDiv, symbolic.IntTrueDiv, symbolic.FloatTrueDiv):
             return self._quotient(function, *expression.args)
         if function is sympy.Ne:
-            return emit("Not", self._call("Equal", expression.args))  # type: ignore[no-any-return]
+            return emit("Not", self._call("Equal", expression.args))
         if function is sympy.Pow and expression.exp.is_Integer and expression.exp > 0:
             return self._fold("Mul", [expression.base] * int(expression.exp))
         if function is symbolic.ToFloat:
-            return emit.cast(self.column(expression.args[0]), torch.float64)  # type: ignore[no-any-return]
+            return emit.cast(self.column(expression.args[0]), torch.float64)
         if function in _ROUNDINGS:
             held = self.column(expression.args[0])
-            held = emit(_ROUNDINGS[function], held) if _ROUNDINGS[function] else held
-            return emit.cast(held, torch.int64)  # type: ignore[no-any-return]
+            rounding = _ROUNDINGS[function]
+            held = emit(rounding, held) if rounding else held
+            return emit.cast(held, torch.int64)
         if function in _CALLS:
             return self._call(_CALLS[function], expression.args)
         for name, op_type in _FLOAT_CALLS.items():
             if function.__name__ in (f"OpaqueUnaryFn_{name}", name) or (
                 function is sympy.Pow and name == "sqrt" and expression.exp == 0.5
             ):
-                return emit(op_type, emit.cast(self.column(expression.args[0]), torch.float64))  # type: ignore[no-any-return]
+                return emit(op_type, emit.cast(self.column(expression.args[0]), torch.float64))
         raise ExportError(
             describe(
                 f"the size {self.text(expression)} uses {function.__name__}, which has no ONNX translation",
@@ -247,23 +249,23 @@ class SizeEmitter:
         numerator, denominator = sympy.fraction(expression)
         if denominator == 1:
             return self._fold("Mul", list(expression.args))
-        return self._emit("Div", *self._alike(self.column(numerator), self.column(denominator)))  # type: ignore[no-any-return]
+        return self._emit("Div", *self._alike(self.column(numerator), self.column(denominator)))
 
     def _quotient(self, function: Any, above: sympy.Expr, below: sympy.Expr) -> ir.Value:
         a, b = self.column(above), self.column(below)
         if function is not symbolic.FloorDiv:
-            return self._emit("Div", self._emit.cast(a, torch.float64), self._emit.cast(b, torch.float64))  # type: ignore[no-any-return]
+            return self._emit("Div", self._emit.cast(a, torch.float64), self._emit.cast(b, torch.float64))
         if not (above.is_nonnegative and below.is_positive):
             a = self._emit("Sub", a, self._emit("Mod", a, b))  # ONNX divides towards zero
-        return self._emit("Div", a, b)  # type: ignore[no-any-return]
+        return self._emit("Div", a, b)
 
     def _call(self, op_type: str, args: Sequence[Any]) -> ir.Value:
         if len(args) > 2 and op_type not in ("Max", "Min", "Where"):
             return self._fold(op_type, args)
         operands = [self.column(arg) for arg in args]
         if op_type == "Where":
-            return self._emit("Where", operands[0], *self._alike(*operands[1:]))  # type: ignore[no-any-return]
-        return self._emit(op_type, *self._alike(*operands))  # type: ignore[no-any-return]
+            return self._emit("Where", operands[0], *self._alike(*operands[1:]))
+        return self._emit(op_type, *self._alike(*operands))
 
     def _fold(self, op_type: str, args: Sequence[Any]) -> ir.Value:
         total = self.column(args[0])

@@ -57,8 +57,8 @@ def to_onnx(
     """Export a graph to ONNX and prove that ONNX Runtime computes the same.
 
     Args:
-        model: A captured graph in eval mode; or any module, which is captured with ``example_inputs`` and exported as it
-            is in evaluation.
+        model: A captured graph in eval mode; or any module, which is captured with ``example_inputs`` and exported as
+            it is in evaluation.
         path: Where to write the file; None keeps the model in memory. Weights that do not fit into one file go to
             ``<path>.data`` beside it.
         example_inputs: Inputs to capture a plain module with, as for :func:`fxopt.capture`.
@@ -75,7 +75,8 @@ def to_onnx(
         The model with its path, and the validation report if there is one.
 
     Raises:
-        ExportError: the graph is in train mode, holds something that ONNX cannot express, or the file cannot be written.
+        ExportError: the graph is in train mode or holds something that ONNX cannot express, or the file cannot be
+            written.
         NumericsError: ORT computes something else than the graph.
         CaptureError: a plain module cannot be captured.
     """

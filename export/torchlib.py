@@ -1,7 +1,7 @@
 """Fall back to onnxscript's torchlib for an operator that has no translation of our own.
 
-torchlib's functions are Python code that calls ONNX operators. They run here under an evaluator that records those calls
-through our emitter, so that constants, names, types and provenance come out like everywhere else.
+torchlib's functions are Python code that calls ONNX operators. They run here under an evaluator that records those
+calls through our emitter, so that constants, names, types and provenance come out like everywhere else.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _typed(emit: Emitter, result: Any) -> Any:
 
 
 def _adapted(emit: Emitter, target: OpOverload, signature: Any, arguments: Sequence[Any]) -> dict[str, Any]:
-    """Return the arguments as torchlib expects them: element types as ONNX enumerators, tensors for tensor parameters."""
+    """Return the arguments as torchlib expects them: element types as ONNX enumerators, tensors where it wants some."""
     bound = _bound(target, signature, arguments)
     tensors = {name: value for name, value in bound.items() if isinstance(value, ir.Value)}
     adapted: dict[str, Any] = {}

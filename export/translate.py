@@ -1,7 +1,7 @@
 """From the captured ATen graph straight to an ONNX model, one operator after the other.
 
-No operator is decomposed unless it has no translation, and no pass over the ONNX graph is needed: what goes in is clean,
-and every translation writes what ONNX Runtime can fuse. An operator is translated by, in this order, a function
+No operator is decomposed unless it has no translation, and no pass over the ONNX graph is needed: what goes in is
+clean, and every translation writes what ONNX Runtime can fuse. An operator is translated by, in this order, a function
 registered with `translates`, onnxscript's torchlib, its own decomposition in PyTorch.
 """
 
@@ -213,7 +213,8 @@ class _Translator:
         raise self._error(
             node,
             f"{node.target} has no ONNX translation",
-            f"register one with @fxopt.export.translates(torch.ops.{node.target}), or write that line with other operators",
+            f"register one with @fxopt.export.translates(torch.ops.{node.target}), "
+            "or write that line with other operators",
             reasons,
         )
 

@@ -55,8 +55,8 @@ def validate(
         gm: The graph, in eval mode.
         inputs: Samples to compare on; those of the graph, and one of other values, if not given.
         sizes: Also compare with every dynamic size at 1, 2 and an odd number.
-        contract: How close ORT must come. If not given: that of the passes if it is LOSSY, ROUNDING otherwise, since ORT
-            may add numbers in another order than PyTorch.
+        contract: How close ORT must come. If not given: that of the passes if it is LOSSY, ROUNDING otherwise, since
+            ORT may add numbers in another order than PyTorch.
 
     Raises:
         NumericsError: the model breaks the contract; the message names output, element, node, source line and passes.
@@ -171,7 +171,7 @@ def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> I
 
 
 def _other_values(sample: Sample) -> Sample:
-    """Return a sample of the same sizes and other values: normal ones of like scale, integers and flags in another order."""
+    """Return a sample of the same sizes and other values: normal ones of like scale, integers and flags shuffled."""
     generator = torch.Generator().manual_seed(len(sample.leaves()))
 
     def other(leaf: Any) -> Any:
@@ -245,7 +245,8 @@ class _Judge:
             errors = measure(want, have)
             worst = (
                 f"{list(errors.worst)} of {args.shape_text(want)}: eager {want.flatten()[errors.worst_flat].item()!r}, "
-                f"onnxruntime {have.flatten()[errors.worst_flat].item()!r} ({errors.mismatches} of {errors.size} elements differ)"
+                f"onnxruntime {have.flatten()[errors.worst_flat].item()!r} "
+                f"({errors.mismatches} of {errors.size} elements differ)"
             )
         passes = _passes(self._gm)
         return NumericsError(
@@ -258,7 +259,8 @@ class _Judge:
                 node=None if node is None else f"{node.name} ({node.target})",
                 source=None if node is None else args.source_line(node) or "unknown",
                 passes=passes or "(none)",
-                try_="export the graph before these passes, then bisect them; if it fails too, the translation of an operator is wrong"
+                try_="export the graph before these passes, then bisect them; "
+                "if it fails too, the translation of an operator is wrong"
                 if passes
                 else "compare intermediate values; if ORT's optimizer 'none' agrees, one of its fusions is the cause",
             )

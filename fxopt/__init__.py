@@ -2,6 +2,7 @@
 
 from fxopt.args import arg, module_path, source_line, tensor_arg
 from fxopt.capture import capture
+from fxopt.changes import Change, Skip
 from fxopt.contracts import Contract
 from fxopt.dimensions import Dimension, Sample
 from fxopt.errors import (
@@ -25,7 +26,7 @@ from fxopt.manager import PassManager
 from fxopt.optimize import optimize
 from fxopt.pass_base import FixedPoint, Pass, PassResult
 from fxopt.report import Report
-from fxopt.rewriter import Change, Rewriter, Skip
+from fxopt.rewriter import Rewriter
 from fxopt.serialize import load, save
 
 __version__ = "0.1.0"

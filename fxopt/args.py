@@ -149,7 +149,8 @@ def source_location(node: torch.fx.Node) -> tuple[str, int, str] | None:
         for found in _FRAME.finditer(node.meta.get("stack_trace") or "")
     ]
     own = [frame for frame in frames if not _LIBRARY.search(frame[0])]
-    return (own or frames or [None])[-1]
+    known = own or frames
+    return known[-1] if known else None
 
 
 def source_line(node: torch.fx.Node) -> str | None:

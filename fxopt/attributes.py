@@ -7,7 +7,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["attach", "get_path", "hasattr_path", "named_tensors", "read_attributes", "remove_unread"]
+from fxopt.errors import InvariantError
+
+__all__ = [
+    "attach",
+    "get_path",
+    "hasattr_path",
+    "named_tensors",
+    "owner_of",
+    "path_of",
+    "read_attributes",
+    "remove_unread",
+]
 
 
 def attach(root: torch.nn.Module, path: str, tensor: torch.Tensor, *, persistent: bool = True) -> None:
@@ -16,7 +27,7 @@ def attach(root: torch.nn.Module, path: str, tensor: torch.Tensor, *, persistent
     for part in parents:
         if part not in root._modules:
             root.add_module(part, torch.nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
+        root = root._modules[part]  # type: ignore[assignment]  # no part of a path is None
     if isinstance(tensor, torch.nn.Parameter):
         root.register_parameter(leaf, tensor)
     else:
@@ -64,7 +75,7 @@ def remove_unread(gm: torch.fx.GraphModule, names: Collection[str]) -> list[str]
         *parents, leaf = name.split(".")
         chain: list[torch.nn.Module] = [gm]
         for part in parents:
-            chain.append(chain[-1]._modules[part])  # type: ignore[arg-type]
+            chain.append(chain[-1]._modules[part])  # type: ignore[arg-type]  # no part of a path is None
         delattr(chain[-1], leaf)
         for depth in range(len(parents), 0, -1):
             module = chain[depth]
@@ -72,3 +83,21 @@ def remove_unread(gm: torch.fx.GraphModule, names: Collection[str]) -> list[str]
                 break
             del chain[depth - 1]._modules[parents[depth - 1]]
     return removed
+
+
+def owner_of(node: torch.fx.Node) -> torch.nn.Module:
+    """Return the module whose graph holds ``node``.
+
+    Raises:
+        InvariantError: there is none.
+    """
+    owner = node.graph.owning_module
+    if owner is None:
+        raise InvariantError(f"the graph of {node.name} belongs to no module")
+    return owner
+
+
+def path_of(root: torch.nn.Module, wanted: torch.nn.Module) -> str:
+    """Return the dotted path under which ``root`` holds the module ``wanted``."""
+    found: str = next(name for name, module in root.named_modules() if module is wanted)
+    return found

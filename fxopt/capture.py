@@ -92,7 +92,8 @@ def _samples(example_inputs: Any) -> tuple[Sample, ...]:
         raise CaptureError(
             describe(
                 "example_inputs are missing",
-                wanted="a tuple of positional arguments, a dict of keyword arguments, one tensor, or a list of such samples",
+                wanted="a tuple of positional arguments, a dict of keyword arguments, one tensor, "
+                "or a list of such samples",
             )
         )
     if isinstance(example_inputs, list):
@@ -203,7 +204,7 @@ def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes:
             except (CaptureError, Unmergeable) as error:
                 reason = f"tracing it in {there} mode gave: {error}"
     gm = _assemble(found, tensors, samples)
-    gm.modes, gm.modes_reason = valid, reason  # type: ignore[assignment]
+    gm.modes, gm.modes_reason = valid, reason  # type: ignore[assignment]  # one of the three texts, by its origin
     gm.training = model.training
     return gm
 
@@ -297,10 +298,10 @@ def _input_spec(node: torch.fx.Node, leaf: Any, names: dict[str, str]) -> InputS
 def output_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
     """Return a name for each output that is not None: the path of keys to it, or ``output`` if there is just one."""
     flat = gm.graph.output_node().args[0]
-    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    tree = pytree.tree_unflatten(list(range(len(flat))), spec)  # type: ignore[arg-type]
+    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]  # torch declares the base class only
+    tree = pytree.tree_unflatten(list(range(len(flat))), spec)  # type: ignore[arg-type]  # torch declares no type for specs here
     paths = {index: pytree.keystr(path) for path, index in pytree.tree_flatten_with_path(tree)[0]}
-    kept = [index for index, item in enumerate(flat) if item is not None]  # type: ignore[arg-type,union-attr]
+    kept = [index for index, item in enumerate(flat) if item is not None]  # type: ignore[arg-type]  # outputs are one tuple
     taken: list[str] = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     names: list[str] = []
     for index in kept:
@@ -348,9 +349,10 @@ def _compare(gm: CapturedModule, model: torch.nn.Module, sample: Sample, want: S
         elif w.shape != g.shape or w.dtype != g.dtype:
             problem = f"got {shape_text(g)}, wanted {shape_text(w)}"
         elif not _same_up_to_rounding(w, g):
-            problem = f"got {g.flatten()[measure(w, g).worst_flat].item()}, wanted {w.flatten()[measure(w, g).worst_flat].item()}"
+            worst = measure(w, g).worst_flat
+            problem = f"got {g.flatten()[worst].item()}, wanted {w.flatten()[worst].item()}"
         if problem:
-            node = gm.graph.output_node().args[0][index]  # type: ignore[index]
+            node = gm.graph.output_node().args[0][index]  # type: ignore[index]  # outputs are one tuple
             again = run_eagerly(model, sample)[index]
             steady = isinstance(w, torch.Tensor) and _same_up_to_rounding(w, again)
             raise CaptureError(

@@ -102,7 +102,7 @@ def _interface_violations(gm: CapturedModule) -> list[str]:
     placeholders = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     wanted = [spec.name for spec in gm.inputs]
     found = [] if placeholders == wanted else [f"the inputs are {placeholders}, and were {wanted}"]
-    returned = [item for item in gm.graph.output_node().args[0] if item is not None]  # type: ignore[union-attr]
+    returned = [item for item in gm.graph.output_node().args[0] if item is not None]  # type: ignore[union-attr]  # outputs are one tuple
     if len(returned) != len(gm.output_names):
         found.append(f"the graph returns {len(returned)} values, and returned {len(gm.output_names)}")
     return found
@@ -117,7 +117,9 @@ def fingerprint(gm: torch.fx.GraphModule) -> str:
     for name, module in gm.named_modules():
         if isinstance(module, torch.fx.GraphModule):
             for node in module.graph.nodes:
-                digest.update(f"{name}|{node.name}|{node.op}|{node.target}|{node.args}|{node.kwargs}|{node.meta.get('modes')}\n".encode())
+                digest.update(
+                    f"{name}|{node.name}|{node.op}|{node.target}|{node.args}|{node.kwargs}|{node.meta.get('modes')}\n".encode()
+                )
     for table in (gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False)):
         for name, tensor in table:
             digest.update(f"{name}|{id(tensor)}|{tensor._version}|{tuple(tensor.shape)}|{tensor.dtype}\n".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -107,7 +108,7 @@ class Encoder:
 
 
 def target_text(target: Any) -> str:
-    """Return the text of a call target: ``aten::add.Tensor``, ``higher_order:cond``, ``operator:getitem``, or a name."""
+    """Return the text of a call target: ``aten::add.Tensor``, ``higher_order:cond``, ``operator:getitem``, a name."""
     if isinstance(target, str):
         return target
     if isinstance(target, OpOverload):
@@ -195,7 +196,7 @@ class Decoder:
             return parts if kind == "list" else tuple(parts) if kind == "tuple" else slice(*parts)
         if kind == "tensor":
             return self._fake(*content)
-        readers = {
+        readers: dict[str, Callable[[Any], Any]] = {
             "float": float,
             "torch": lambda name: getattr(torch, name),
             "device": torch.device,
@@ -209,10 +210,11 @@ class Decoder:
 
     def _symbolic(self, text: str, kind: str) -> Any:
         expression = sympy.sympify(text, locals=self._known)
-        if kind != "SymInt":
-            make = self._env.create_symfloatnode if kind == "SymFloat" else self._env.create_symboolnode
-            return make(expression)
+        if kind == "SymBool":
+            return self._env.create_symboolnode(expression)
         hint = expression.xreplace({symbol: sympy.Integer(value) for symbol, value in self._hints.items()})
+        if kind == "SymFloat":
+            return self._env.create_symfloatnode(expression, hint=float(hint) if hint.is_number else None)
         return self._env.create_symintnode(expression, hint=int(hint) if hint.is_Integer else None)
 
     def _fake(self, dtype: Any, sizes: list[Any], strides: list[Any], device: str, requires_grad: bool) -> torch.Tensor:

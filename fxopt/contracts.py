@@ -67,7 +67,7 @@ class Contract:
         return self.kind
 
     def then(self, other: Contract) -> Contract:
-        """Return what holds after both: the weaker kind, the factors multiplied only where both round, the floors joined.
+        """Return what holds after both: the weaker kind, the factors multiplied where both round, the floors joined.
 
         The floors of two LOSSY steps do not add up to a floor of the whole, so the lower one is kept for each metric;
         what the whole costs is measured against the original model, not derived.

@@ -24,7 +24,7 @@ __all__ = ["ForeignPass", "adopt"]
 class ForeignPass(Pass):
     """Somebody else's pass, with the same checks and the same record as our own.
 
-    What it changed is found by comparing the graphs, whatever it reports; if it reports something else, that is an error.
+    What it changed is found by comparing the graphs, whatever it reports; if that is something else, it is an error.
 
     Attributes:
         function: Takes a GraphModule; returns one, a ``PassResult``, or None if it changed its argument.
@@ -44,7 +44,7 @@ class ForeignPass(Pass):
         return cls(function, label, getattr(function, "contract", Contract.ROUNDING))
 
     @property
-    def contract(self) -> Contract:  # type: ignore[override]
+    def contract(self) -> Contract:  # type: ignore[override]  # computed here, a constant in other passes
         """What the function promises."""
         return self.promise
 
@@ -71,7 +71,8 @@ class ForeignPass(Pass):
         if claimed is False and len(rw.changes) > before:
             first = rw.changes[before]
             raise PassError(
-                f"{self.label} reports no change and made {len(rw.changes) - before}, the first at {first.node} ({first.kind})"
+                f"{self.label} reports no change and made {len(rw.changes) - before}, "
+                f"the first at {first.node} ({first.kind})"
             )
 
 

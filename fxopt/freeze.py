@@ -27,7 +27,7 @@ def freeze_mode(rw: Rewriter) -> None:
             rw.fix_mode(node, why=f"the graph is fixed to {mode} mode")
     for node in rw.calls(SELECT_MODE):
         train, evaluation, training = node.args
-        rw.replace_value(node, train if training else evaluation, why=f"the graph is fixed to {mode} mode")  # type: ignore[arg-type]
+        rw.replace_value(node, train if training else evaluation, why=f"the graph is fixed to {mode} mode")  # type: ignore[arg-type]  # both arguments are nodes
     for node in rw.calls(UPDATE_BUFFER):
         if not node.args[2]:
             rw.discard(node, why=f"inactive in {mode} mode")
@@ -41,4 +41,4 @@ def freeze_mode(rw: Rewriter) -> None:
             ):
                 rw.erase(node, why=f"nothing reads it in {mode} mode")
     if gm.modes == "both":
-        gm.modes, gm.modes_reason = mode, "it was frozen to that mode"  # type: ignore[assignment]
+        gm.modes, gm.modes_reason = mode, "it was frozen to that mode"  # type: ignore[assignment]  # one of the three texts, by its origin

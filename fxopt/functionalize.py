@@ -46,6 +46,8 @@ _FUNCTIONAL_FORM = {
     ("floor_divide_", "Tensor"): ("floor_divide", "default"),
     ("pow_", "Tensor"): ("pow", "Tensor_Tensor"),
     ("float_power_", "Tensor"): ("float_power", "Tensor_Tensor"),
+    ("pow_", "Scalar"): ("pow", "Tensor_Scalar"),
+    ("float_power_", "Scalar"): ("float_power", "Tensor_Scalar"),
     ("__ilshift__", "Tensor"): ("__lshift__", "Tensor"),
     ("__ilshift__", "Scalar"): ("__lshift__", "Scalar"),
     ("__irshift__", "Tensor"): ("__rshift__", "Tensor"),
@@ -172,7 +174,7 @@ class Functionalizer:
         return None if is_in_place(node.target) else node
 
     def _mutate(self, node: torch.fx.Node) -> None:
-        target = node.target
+        target: Any = node.target
         name = target._schema.name.removeprefix("aten::")
         mutated = [a.name for a in target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
         first = target._schema.arguments[0].name
@@ -199,11 +201,10 @@ class Functionalizer:
     def _functional_value(self, node: torch.fx.Node, victim: torch.fx.Node, name: str) -> torch.fx.Node:
         like = victim.meta["val"]
         if name in ("copy_", "fill_", "zero_"):
-            value: Any = {"copy_": lambda: arg(node, "src"), "fill_": lambda: arg(node, "value"), "zero_": lambda: 0}[
-                name
-            ]()
+            value: Any = arg(node, "src") if name == "copy_" else arg(node, "value") if name == "fill_" else 0
             return self._filled(node, victim, value)
-        suffix = node.target._overloadname
+        target: Any = node.target
+        suffix = target._overloadname
         packet_name, suffix = _FUNCTIONAL_FORM.get((name, suffix), (name[:-1], suffix))
         overload = getattr(getattr(aten, packet_name, None), suffix, None)
         if overload is None or is_in_place(overload):
@@ -254,7 +255,9 @@ class Functionalizer:
             raise self.refusal(
                 at, f"it writes into a result of {parts.target}, which has no inverse", view=source_line(parts)
             )
-        return inverse(self, parts, int(part.args[1]), value, at)
+        index = part.args[1]
+        assert isinstance(index, int)
+        return inverse(self, parts, index, value, at)
 
     def _scatter(
         self, view: torch.fx.Node, parent: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node
@@ -279,7 +282,8 @@ class Functionalizer:
             for axis, size in enumerate(node.meta["val"].shape)
         ]
 
-    def call(self, at: torch.fx.Node, target: OpOverload, args: Any, kwargs: Any = None) -> torch.fx.Node:
+    def call(self, at: torch.fx.Node, target: Any, args: Any, kwargs: Any = None) -> torch.fx.Node:
+        """Add a call with its fake value, in the place that ``at`` has in the model."""
         node = self.graph.call_function(target, tuple(args), dict(kwargs or {}))
         node.meta = {key: at.meta[key] for key in ("stack_trace", "nn_module_stack", "torch_fn") if key in at.meta}
         node.meta["val"] = fake_call(target, node.args, node.kwargs)
@@ -303,6 +307,7 @@ class Functionalizer:
             update.meta["val"] = None
 
     def refusal(self, node: torch.fx.Node, reason: str, **rows: str | None) -> CaptureError:
+        """Return the error that says why the in-place op ``node`` cannot become functional."""
         target = (
             node.target._schema.name.removeprefix("aten::") if isinstance(node.target, OpOverload) else str(node.target)
         )
@@ -330,7 +335,7 @@ def _storage(node: torch.fx.Node) -> StorageWeakRef | None:
 def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
     nodes: list[torch.fx.Node] = []
-    fakes = torch.fx.map_arg((args, kwargs), lambda node: nodes.append(node) or node.meta["val"])  # type: ignore[func-returns-value]
+    fakes = torch.fx.map_arg((args, kwargs), lambda node: nodes.append(node) or node.meta["val"])  # type: ignore[func-returns-value]  # None, so that `or` goes on
     mode = detect_fake_mode(fakes) or (fake_mode_of(nodes[0].graph) if nodes else None)
     if mode is None:
         return target(*fakes[0], **fakes[1])

@@ -58,7 +58,7 @@ class Provenance:
     sources: tuple[str, ...] = ()
 
 
-class CapturedModule(torch.fx.GraphModule):  # type: ignore[misc]  # torch.fx is untyped here
+class CapturedModule(torch.fx.GraphModule):
     """A model as one functional ATen graph: call it, train it, print it, copy it, save it.
 
     Made by :func:`fxopt.capture`; parameters and buffers keep the names they had in the model. Both modes live in the
@@ -103,15 +103,18 @@ class CapturedModule(torch.fx.GraphModule):  # type: ignore[misc]  # torch.fx is
         if modes != "both" and mode != (modes == "train"):
             raise ModeError(
                 describe(
-                    f"this graph is valid in {modes} mode only, and cannot be switched to {'train' if mode else 'eval'} mode",
+                    f"this graph is valid in {modes} mode only, "
+                    f"and cannot be switched to {'train' if mode else 'eval'} mode",
                     because=self.modes_reason,
                     try_=f"capture the model again after model.{'train' if mode else 'eval'}()",
                 )
             )
         for module in graph_modules(self):
-            if any([set_mode(node, mode) for node in module.graph.nodes if "modes" in node.meta]):
+            if sum(  # not any(): each is to be set
+                set_mode(node, mode) for node in module.graph.nodes if "modes" in node.meta
+            ):
                 module.recompile()
-        return super().train(mode)  # type: ignore[no-any-return]
+        return super().train(mode)
 
     def clone(self, *, copy_tensors: bool = False) -> CapturedModule:
         """Return a copy with a graph of its own; tensors are shared unless ``copy_tensors``.
@@ -119,10 +122,10 @@ class CapturedModule(torch.fx.GraphModule):  # type: ignore[misc]  # torch.fx is
         The copy costs no code generation: a graph and its copy run the same code.
         """
         memo: dict[int, Any] = {}
-        return _clone(self, memo, copy_tensors)  # type: ignore[no-any-return]
+        return _clone(self, memo, copy_tensors)  # type: ignore[no-any-return]  # _clone returns what it is given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        return _clone(self, memo, copy_tensors=True)  # type: ignore[no-any-return]
+        return _clone(self, memo, copy_tensors=True)  # type: ignore[no-any-return]  # _clone returns what it is given
 
     def __reduce__(self) -> Any:
         from fxopt.serialize import from_bytes, to_bytes
@@ -167,8 +170,8 @@ class CapturedModule(torch.fx.GraphModule):  # type: ignore[misc]  # torch.fx is
         return found
 
     def _leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        spec = self.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
-        names = self.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+        spec = self.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]  # torch declares the base class only
+        names = self.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]  # torch declares the base class only
         positional, keywords = spec.children()
         given = dict(zip(names, args, strict=False)) | dict(kwargs)
         if len(args) > len(names) or set(given) != set(names) or len(args) + len(kwargs) != len(given):
@@ -184,7 +187,7 @@ class CapturedModule(torch.fx.GraphModule):  # type: ignore[misc]  # torch.fx is
         leaves, structure = pytree.tree_flatten(ordered)
         if structure.num_leaves != spec.num_leaves or len(keys) != keywords.num_children:
             raise InputError(describe("the inputs have another structure than at capture", got=structure, wanted=spec))
-        return leaves  # type: ignore[no-any-return]
+        return leaves
 
 
 def graph_modules(root: torch.nn.Module) -> Iterator[torch.fx.GraphModule]:
@@ -290,7 +293,7 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
         return memo[id(module)]
     if type(module) is not torch.nn.Module and not isinstance(module, torch.fx.GraphModule):
         raise InvariantError(f"a captured graph holds a {type(module).__name__}, not a graph or a plain container")
-    cls = type(module).__mro__[1] if isinstance(module, torch.fx.GraphModule) else torch.nn.Module
+    cls: Any = type(module).__mro__[1] if isinstance(module, torch.fx.GraphModule) else torch.nn.Module
     new = cls.__new__(cls)
     memo[id(module)] = new
     new.__dict__.update(
@@ -308,7 +311,7 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
 def _clone_tensor(tensor: torch.Tensor | None, memo: dict[int, Any], copy_tensors: bool) -> torch.Tensor | None:
     if tensor is None or not copy_tensors:
         return tensor
-    return copy.deepcopy(tensor, memo)  # type: ignore[no-any-return]
+    return copy.deepcopy(tensor, memo)
 
 
 def copy_graph(graph: torch.fx.Graph, owner: torch.fx.GraphModule) -> torch.fx.Graph:

@@ -5,7 +5,8 @@
     %0 : f32[batch, 10] = aten.linear(%x, %fc.weight, None)
     return %0
 
-Values are numbered, so that a text does not depend on how nodes happen to be called; arguments at their default are left out.
+Values are numbered, so that a text does not depend on how nodes happen to be called; arguments at their default are
+left out.
 """
 
 from __future__ import annotations

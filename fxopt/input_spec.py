@@ -63,7 +63,7 @@ class ExampleInputs:
     axes: Sample
 
     def dynamic_shapes(self, forward: Callable[..., Any]) -> dict[str, Any] | None:
-        """Return the dynamic sizes by name of forward's parameters, as :func:`fxopt.capture` takes them; None if there are none.
+        """Return the dynamic sizes by name of forward's parameters, as :func:`fxopt.capture` takes them, or None.
 
         Raises:
             CaptureError: the inputs do not fit the signature.
@@ -77,8 +77,8 @@ def parse_inputs(text: str, *, seed: int = 0) -> ExampleInputs:
     """Return the example inputs that ``text`` describes; the syntax stands at the top of this module.
 
     Args:
-        text: The spec, or the path of one file with all inputs: arrays named ``arr_0``, ... of an ``.npz`` are positional
-            arguments, others keyword arguments; a ``.pt`` holds a tensor, a tuple, a dict or a list of samples.
+        text: The spec, or the path of one file with all inputs: arrays named ``arr_0``, ... of an ``.npz`` are
+            positional arguments, others keyword arguments; a ``.pt`` holds a tensor, a tuple, a dict or samples.
         seed: Of the random numbers.
 
     Raises:
@@ -241,7 +241,7 @@ class _Reader:
                 f"{text}[] for a single number, {text}[batch,3] for a matrix",
                 at=word.end(),
             )
-        self.fail(
+        return self.fail(
             f"{text!r} is not an input", f"for example {_EXAMPLE}; a number; or a file {', '.join(FILE_SUFFIXES)}"
         )
 
@@ -310,7 +310,10 @@ class _Reader:
                 f"{text!r} is not a size",
                 "an integer, or a name with optional bounds and example size: batch, batch=4, 2<=seq<512",
             )
-        name, bounded = dim.__name__, (dim.min, dim.max) != (parse_dimension("any").min, parse_dimension("any").max)
+        name, bounded = (
+            str(dim.__name__),
+            (dim.min, dim.max) != (parse_dimension("any").min, parse_dimension("any").max),
+        )
         if dim.max is not None and dim.max < 2:
             self.fail(
                 f"dimension {name!r} has room for no size but {dim.max}",

@@ -119,7 +119,8 @@ class Judge:
             except Exception as error:
                 self._original.append(None)
                 self.refused.append(
-                    f"not checked on {case.label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
+                    f"not checked on {case.label}: the graph itself cannot run it: "
+                    f"{str(error).partition(chr(10))[0][:160]}"
                 )
         self._latest = list(self._original)
 
@@ -150,7 +151,7 @@ class Judge:
             outputs = self._latest[index]
             assert outputs is not None
             case = self._cases[index]
-            with _in_mode(self._gm, case.training):
+            with _InMode(self._gm, case.training):
                 leaves = self._gm.flatten_inputs(*case.sample.args, **case.sample.kwargs)
                 self._references[index] = reference(self._gm, outputs, leaves)
         return self._references[index]
@@ -170,7 +171,7 @@ class Judge:
         return tuple(worst.values())
 
 
-class _in_mode:
+class _InMode:
     """Run a graph in a mode, and put it back."""
 
     def __init__(self, gm: CapturedModule, training: bool) -> None:
@@ -188,6 +189,6 @@ class _in_mode:
 def _run(gm: CapturedModule, case: Case) -> tuple[Any, ...]:
     from fxopt.capture import isolated
 
-    with _in_mode(gm, case.training), isolated(gm):
+    with _InMode(gm, case.training), isolated(gm):
         copy = case.sample.clone()
         return gm.flat_outputs(*copy.args, **copy.kwargs)

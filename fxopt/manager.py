@@ -187,7 +187,8 @@ def check_order(passes: list[Pass]) -> None:
             if fact in ended:
                 at, by = ended[fact]
                 raise PassOrderError(
-                    f"{item.name} (step {step}) needs {fact!r}, but {by} (step {at}) ended it; move {item.name} before step {at}"
+                    f"{item.name} (step {step}) needs {fact!r}, but {by} (step {at}) ended it; "
+                    f"move {item.name} before step {at}"
                 )
             if not fact.startswith("no-") and fact not in given:
                 later = next((f"{p.name} (step {i})" for i, p in enumerate(passes, start=1) if fact in p.gives), None)

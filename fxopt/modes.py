@@ -110,7 +110,8 @@ class _Merger:
         if x is y:
             return x
         if (x, y) not in self.selected:
-            a, b = x.meta.get("val"), y.meta.get("val")
+            a: Any = x.meta.get("val")
+            b: Any = y.meta.get("val")
             if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt) and str(a) == str(b):
                 return x  # one size, computed in two ways; the symbols of both traces are named after the inputs
             tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
@@ -155,7 +156,8 @@ class _Merger:
         node.update_arg(position, was if active else False)
 
     def _outputs(self, a: torch.fx.Node, b: torch.fx.Node) -> None:
-        x, y = a.args[0], b.args[0]
+        x: Any = a.args[0]
+        y: Any = b.args[0]
         if len(x) != len(y):
             raise Unmergeable(f"the model returns {len(x)} values in one mode and {len(y)} in the other")
         modes: dict[str, tuple[Any, Any]] = {}

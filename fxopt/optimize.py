@@ -34,7 +34,8 @@ def optimize(
         model: A module, a GraphModule, an ExportedProgram, a function of tensors, or an already captured graph.
         passes: Names with options, pass instances, torch passes, functions of a GraphModule, or one comma-separated
             text. If not given, ``fxopt.passes.DEFAULT``: the lossless clean-up.
-        example_inputs, dynamic_shapes: See :func:`fxopt.capture`.
+        example_inputs: See :func:`fxopt.capture`.
+        dynamic_shapes: See :func:`fxopt.capture`.
         strict: Raise at the first pass that fails or breaks its contract, instead of leaving it out of the result.
         check: How much to run for checking: ``"all"``, ``"samples"`` or ``"off"``. See :class:`fxopt.PassManager`.
         progress: Called before each pass with its index, the number of passes, and its name.

@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Collection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx.passes.infra.pass_base import PassBase
 from torch.fx.passes.infra.pass_base import PassResult as TorchPassResult
 
+from fxopt.changes import Change, Skip
 from fxopt.contracts import Contract
 from fxopt.errors import FixedPointError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.rewriter import Change, Rewriter, Skip
+from fxopt.rewriter import Rewriter
 
 __all__ = ["FixedPoint", "Pass", "PassResult"]
 
 
-class PassResult(TorchPassResult):  # type: ignore[misc]  # torch.fx is untyped here
+class PassResult(TorchPassResult):
     """What a pass did.
 
     Attributes:
@@ -32,18 +33,19 @@ class PassResult(TorchPassResult):  # type: ignore[misc]  # torch.fx is untyped 
     skips: tuple[Skip, ...]
 
     def __new__(cls, gm: CapturedModule, changes: Collection[Change], skips: Collection[Skip]) -> PassResult:
-        self = super().__new__(cls, gm, bool(changes))
+        """Return the result of a pass that made these changes and refusals."""
+        self = cast("PassResult", super().__new__(cls, gm, bool(changes)))
         self.changes, self.skips = tuple(changes), tuple(skips)
-        return self  # type: ignore[no-any-return]
+        return self
 
     @property
     def gm(self) -> CapturedModule:
         """The graph after the pass."""
-        return self.graph_module  # type: ignore[no-any-return]
+        return self.graph_module  # type: ignore[no-any-return]  # torch declares no type
 
 
 @dataclasses.dataclass(frozen=True)
-class Pass(PassBase):  # type: ignore[misc]  # torch.fx is untyped here
+class Pass(PassBase):
     """One rewrite of a graph. Subclass it as a frozen dataclass whose fields are the options.
 
     Class attributes:
@@ -85,8 +87,8 @@ class Pass(PassBase):  # type: ignore[misc]  # torch.fx is untyped here
         """
         if not isinstance(graph_module, CapturedModule):
             raise TypeError(
-                f"{self.name or type(self).__name__} works on a captured graph and got a {type(graph_module).__name__}; "
-                "call fxopt.capture(model, example_inputs) first"
+                f"{self.name or type(self).__name__} works on a captured graph "
+                f"and got a {type(graph_module).__name__}; call fxopt.capture(model, example_inputs) first"
             )
         rw = Rewriter(graph_module.clone(), self.name, only=only)
         self.run(rw)
@@ -123,7 +125,7 @@ class FixedPoint(Pass):
     cap: int = 20
 
     @property
-    def contract(self) -> Contract:  # type: ignore[override]
+    def contract(self) -> Contract:  # type: ignore[override]  # computed here, a constant in other passes
         """The contract of all passes together."""
         joined = Contract.EXACT
         for item in self.passes:
@@ -131,7 +133,7 @@ class FixedPoint(Pass):
         return joined
 
     @property
-    def evaluation_only(self) -> bool:  # type: ignore[override]
+    def evaluation_only(self) -> bool:  # type: ignore[override]  # computed here, a constant in other passes
         """Whether the promise of any of the passes is about evaluation."""
         return any(item.evaluation_only for item in self.passes)
 
@@ -141,7 +143,8 @@ class FixedPoint(Pass):
         Raises:
             FixedPointError: after ``cap`` rounds there are still changes; the message names the passes that made them.
         """
-        name, changed = rw.pass_name, []
+        name = rw.pass_name
+        changed: list[Change] = []
         for _ in range(self.cap):
             changed = []
             kept_skips = len(rw.skips)
@@ -149,7 +152,7 @@ class FixedPoint(Pass):
                 rw.pass_name = item.name
                 before = len(rw.changes)
                 item.run(rw)
-                changed += [change for change in rw.changes[before:]]
+                changed += rw.changes[before:]
             rw.pass_name = name
             if not changed:
                 return
@@ -157,7 +160,8 @@ class FixedPoint(Pass):
         nodes = sorted({change.node for change in changed})
         raise FixedPointError(
             describe(
-                f"{' and '.join(dict.fromkeys(c.pass_name for c in changed))} still change the graph after {self.cap} rounds",
+                f"{' and '.join(dict.fromkeys(c.pass_name for c in changed))} "
+                f"still change the graph after {self.cap} rounds",
                 got="; ".join(f"{change.pass_name} at {change.node}: {change.why}" for change in changed[:4]),
                 wanted="a round without changes",
                 try_=f"two rules that do not undo each other at {', '.join(nodes[:4])}",

@@ -45,10 +45,10 @@ RECURRENT_OPERATORS: dict[OpOverload, OpOverload] = {
     torch.ops.fxopt_trace.rnn_relu.default: torch.ops.aten.rnn_relu.input,
 }
 _STAND_INS = {
-    torch._VF.lstm: torch.ops.fxopt_trace.lstm,  # type: ignore[attr-defined]
-    torch._VF.gru: torch.ops.fxopt_trace.gru,  # type: ignore[attr-defined]
-    torch._VF.rnn_tanh: torch.ops.fxopt_trace.rnn_tanh,  # type: ignore[attr-defined]
-    torch._VF.rnn_relu: torch.ops.fxopt_trace.rnn_relu,  # type: ignore[attr-defined]
+    torch._VF.lstm: torch.ops.fxopt_trace.lstm,
+    torch._VF.gru: torch.ops.fxopt_trace.gru,
+    torch._VF.rnn_tanh: torch.ops.fxopt_trace.rnn_tanh,
+    torch._VF.rnn_relu: torch.ops.fxopt_trace.rnn_relu,
 }
 
 

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any, Literal
 
-from fxopt.rewriter import Change, Skip
+from fxopt.changes import Change, Skip
 
 __all__ = ["OutputError", "Report", "RolledBack", "Step"]
 
@@ -29,7 +29,7 @@ class RolledBack:
 
 @dataclasses.dataclass(frozen=True)
 class OutputError:
-    """Error of one output after a step against the graph that went into the pipeline; worst over all samples checked."""
+    """Error of one output after a step against the graph that went into the pipeline; worst over all samples."""
 
     output: str
     max_abs: float
@@ -97,7 +97,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, fit for JSON; infinities become text."""
         plain = dataclasses.asdict(self)
-        return _finite(plain)  # type: ignore[no-any-return]
+        return _finite(plain)  # type: ignore[no-any-return]  # a dict in, a dict out
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -150,8 +150,9 @@ def _row(step: Step) -> tuple[str, ...]:
     worst = max(step.errors, key=lambda error: error.max_abs, default=None)
     error = "-" if worst is None else "0" if worst.max_abs == 0 else f"{worst.max_abs:.2g} ({worst.sqnr_db:.0f} dB)"
     return (
-        step.name, step.status, str(len(step.changes)), str(len(step.skips)), _arrow(*step.nodes), _arrow(*step.parameter_bytes),
-        f"{step.seconds * 1e3:.1f}", f"{step.check_seconds * 1e3:.1f}", step.contract, error,
+        step.name, step.status, str(len(step.changes)), str(len(step.skips)), _arrow(*step.nodes),
+        _arrow(*step.parameter_bytes), f"{step.seconds * 1e3:.1f}", f"{step.check_seconds * 1e3:.1f}", step.contract,
+        error,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ belong to it, and the pass manager can run the pass again with some sites left o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,44 +16,23 @@ import torch
 from torch._guards import detect_fake_mode
 
 from fxopt.args import argument_positions, dtype, shape, shape_text, source_line, value
-from fxopt.attributes import attach, get_path, hasattr_path, named_tensors, read_attributes, remove_unread
+from fxopt.attributes import (
+    attach,
+    get_path,
+    hasattr_path,
+    named_tensors,
+    owner_of,
+    path_of,
+    read_attributes,
+    remove_unread,
+)
+from fxopt.changes import Change, Skip
 from fxopt.effects import has_effect
-from fxopt.errors import InvariantError, PassError, describe
+from fxopt.errors import PassError, describe
 from fxopt.functionalize import fake_call
 from fxopt.graph_module import CapturedModule, Provenance, graph_modules
 
 __all__ = ["Change", "Rewriter", "Skip"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One change of a graph.
-
-    Attributes:
-        kind: ``replaced``, ``inserted``, ``erased``, ``argument``, ``constant``, ``tensor`` or ``adopted``.
-        node: Name of the node that was changed.
-        why: Reason, as the pass gave it.
-        site: Name of the node at which the pass was working; empty if at none.
-        source: The user's line behind the node.
-        pass_name: The pass.
-    """
-
-    kind: str
-    node: str
-    why: str
-    site: str = ""
-    source: str | None = None
-    pass_name: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """A node that a pass looked at and left alone, and why."""
-
-    node: str
-    why: str
-    source: str | None = None
-    pass_name: str = ""
 
 
 class Rewriter:
@@ -115,11 +93,9 @@ class Rewriter:
     def site_name(self, node: torch.fx.Node) -> str:
         """Return the name that stands for the node across reruns of the pass."""
         owner = node.graph.owning_module
-        return (
-            node.name
-            if owner is self.gm
-            else f"{id(owner.graph) if owner is None else _path_of(self.gm, owner)}/{node.name}"
-        )
+        if owner is self.gm:
+            return node.name
+        return f"{id(node.graph) if owner is None else path_of(self.gm, owner)}/{node.name}"
 
     def value(self, node: torch.fx.Node) -> Any:
         """Return what the node yields: a FakeTensor, a SymInt or number, or a tuple of these."""
@@ -141,13 +117,13 @@ class Rewriter:
         """
         if node.op != "get_attr":
             raise TypeError(f"{node.name} is a {node.op}, not the read of an attribute")
-        found = get_path(_owner(node), str(node.target))
+        found = get_path(owner_of(node), str(node.target))
         if not isinstance(found, torch.Tensor):
             raise TypeError(f"{node.name} reads {node.target!r}, which is a {type(found).__name__}")
         return found
 
     def readers(self, path: str, graph: torch.fx.Graph) -> int:
-        """Return how many ``get_attr`` nodes of a graph read the attribute ``path``, or the same tensor by another name."""
+        """Return how many ``get_attr`` nodes of a graph read the tensor at ``path``, by whichever of its names."""
         if self._reads is None:
             self._reads = {}
             for module in graph_modules(self.gm):
@@ -185,7 +161,9 @@ class Rewriter:
 
         Args:
             node: The node to replace.
-            target, args, kwargs: The new call; the arguments are nodes, numbers and lists of these.
+            target: The operator of the new call.
+            args: Its arguments: nodes, numbers and lists of these.
+            kwargs: Its keyword arguments.
             why: Reason, for the report.
             sources: Other nodes that went into the new one, for its provenance.
 
@@ -232,7 +210,7 @@ class Rewriter:
         self._erase_dead(old)
 
     def replace_argument(self, node: torch.fx.Node, old: torch.fx.Node, new: Any, *, why: str) -> None:
-        """Let ``node`` alone take ``new``, a node or a number, where it took ``old``, and bring its value up to date."""
+        """Let ``node`` alone take ``new``, a node or a number, where it took ``old``, and update its value."""
         swap = torch.fx.map_arg((node.args, node.kwargs), lambda source: new if source is old else source)
         node.args, node.kwargs = swap
         if node.op == "call_function":
@@ -267,7 +245,8 @@ class Rewriter:
         """
         if node.users:
             raise PassError(
-                f"{self.pass_name} cannot discard {node.name}: it is read by {', '.join(user.name for user in node.users)}"
+                f"{self.pass_name} cannot discard {node.name}: "
+                f"it is read by {', '.join(user.name for user in node.users)}"
             )
         self._record("erased", node, why)
         inputs = list(node.all_input_nodes)
@@ -283,8 +262,10 @@ class Rewriter:
             name: Wanted dotted name; made unique, and fit to be an attribute.
             tensor: The tensor; becomes a parameter if ``trainable``, else a buffer.
             near: Node before which the read is placed.
+            trainable: Make it a parameter.
+            why: Reason, for the report; says what was added if not given.
         """
-        owner = _owner(near)
+        owner = owner_of(near)
         path = self._fresh_name(name)
         attach(owner, path, torch.nn.Parameter(tensor.detach()) if trainable else tensor.detach())
         self._attributes.add(path)
@@ -301,10 +282,10 @@ class Rewriter:
 
         The old tensor is not written: the graph before the pass still holds it.
         """
-        path, owner = str(node.target), _owner(node)
+        path, owner = str(node.target), owner_of(node)
         *parents, leaf = path.split(".")
         for part in parents:
-            owner = owner._modules[part]  # type: ignore[assignment]
+            owner = owner._modules[part]  # type: ignore[assignment]  # no part of a path is None
         old = self.tensor(node)
         if leaf in owner._parameters:
             owner._parameters[leaf] = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
@@ -425,14 +406,3 @@ class Rewriter:
         if self._fake_mode is None:
             return tensor
         return self._fake_mode.from_tensor(tensor.detach(), static_shapes=True)
-
-
-def _owner(node: torch.fx.Node) -> torch.nn.Module:
-    owner = node.graph.owning_module
-    if owner is None:
-        raise InvariantError(f"the graph of {node.name} belongs to no module")
-    return owner
-
-
-def _path_of(root: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    return next(name for name, module in root.named_modules() if module is wanted)

@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import os
-import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,7 +101,7 @@ def _write(gm: CapturedModule, file: Any) -> None:
             "parameter": isinstance(tensor, torch.nn.Parameter),
             "persistent": leaf not in owner._non_persistent_buffers_set,
         }
-    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]  # torch declares the base class only
     leaves = [sample.leaves() for sample in gm.samples]
     encoder = Encoder()
     header = {
@@ -146,11 +145,11 @@ def _write(gm: CapturedModule, file: Any) -> None:
 def _read(file: Any, name: str) -> CapturedModule:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # the unpickler stumbles over a foreign file in many ways: KeyError, struct.error, ...
         raise FileFormatError(
             describe(
                 f"{name} is not a saved graph, or is damaged",
-                got=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+                got=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}",
             )
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -194,11 +193,11 @@ def _add_inner(root: torch.nn.Module, path: str, graph: torch.fx.Graph) -> None:
     for part in parents:
         if part not in owner._modules:
             owner.add_module(part, torch.nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
-    holder = owner._modules.get(leaf, torch.nn.Module())
+        owner = owner._modules[part]  # type: ignore[assignment]  # no part of a path is None
+    holder = owner._modules.get(leaf) or torch.nn.Module()
     inner = torch.fx.GraphModule(holder, graph)
     for table in ("_parameters", "_buffers", "_modules"):
-        inner.__dict__[table] = holder.__dict__[table]  # type: ignore[union-attr]
+        inner.__dict__[table] = holder.__dict__[table]
     owner.add_module(leaf, inner)
 
 
@@ -212,7 +211,7 @@ def _restore_interface(gm: CapturedModule, header: dict[str, Any], decoder: Deco
         entry["name"]: Dimension(**(entry | {"symbol": decoder.renamed.get(entry["symbol"], entry["symbol"])}))
         for entry in header["dims"]
     }
-    spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]  # torch declares the base class only
     samples = []
     for tensors, constants in zip(content["samples"], header["constants"], strict=True):
         leaves = [

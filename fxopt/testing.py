@@ -48,9 +48,8 @@ def check_pass(
     stamp, told = fingerprint(before), graph_text(before)
     result = pass_(before)
     verify(result.gm, after=pass_.name)
-    assert fingerprint(before) == stamp and graph_text(before) == told, (
-        f"{pass_.name} changed the graph that it was given"
-    )
+    unchanged = fingerprint(before) == stamp and graph_text(before) == told
+    assert unchanged, f"{pass_.name} changed the graph that it was given"
     differs = fingerprint(result.gm) != stamp
     assert result.modified == differs, (
         f"{pass_.name} reports modified={result.modified}; the graph did {'' if differs else 'not '}change"

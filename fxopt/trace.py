@@ -271,11 +271,11 @@ def _training_reads(model: torch.nn.Module, reads: list[str]) -> Iterator[None]:
             reads.append(type(self).__name__)
         return object.__getattribute__(self, name)
 
-    torch.nn.Module.__getattribute__ = noting  # type: ignore[method-assign]
+    torch.nn.Module.__getattribute__ = noting  # type: ignore[assignment]  # it takes a module, not any object
     try:
         yield
     finally:
-        del torch.nn.Module.__getattribute__  # type: ignore[misc]
+        del torch.nn.Module.__getattribute__
 
 
 def user_location(error: BaseException) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from fxopt.export.translations import (  # noqa: F401  (imported for the registrations)
     activations,
     attention,
+    clamp,
     comparison,
     control_flow,
     convolution,

@@ -30,7 +30,7 @@ def scaled_dot_product_attention(
     width = dims(query)[-1]
     if scale is None and not isinstance(width, int):
         raise NotTranslated("the width of a head is dynamic, and no scale is given")
-    factor = 1 / math.sqrt(width) if scale is None else scale  # type: ignore[arg-type]
+    factor = 1 / math.sqrt(width) if scale is None else scale
     if enable_gqa:
         key, value = _for_each_query_head(emit, key, query), _for_each_query_head(emit, value, query)
     if is_causal:

@@ -24,8 +24,8 @@ def cond(
     if isinstance(predicate, bool):
         return emit.inline(when_true if predicate else when_false, operands)
     condition = emit.cast(emit.as_value(predicate), torch.bool)
-    branches = {
-        name: emit.body(name, (), lambda graph=graph: emit.inline(graph, operands))  # type: ignore[misc]
+    branches: dict[str, Any] = {
+        name: emit.body(name, (), lambda graph=graph: emit.inline(graph, operands))  # type: ignore[misc]  # mypy infers no type of a default
         for name, graph in (("then_branch", when_true), ("else_branch", when_false))
     }
     return emit.many("If", condition, outputs=len(branches["then_branch"].outputs), **branches)
@@ -36,11 +36,16 @@ def while_loop(
     emit: Emitter, condition: Graph, body: Graph, carried: Sequence[Any], constants: Sequence[Any] = ()
 ) -> Sequence[Value]:
     """The condition is computed once before the loop and again at the end of each turn."""
+    assert emit.node is not None
+    name = emit.node.name
     start = [emit.as_value(item) for item in carried]
     (first,) = emit.inline(condition, [*start, *constants])
     held = [node.meta["val"] for node in body.graph.nodes if node.op == "placeholder"][: len(start)]
-    turn, running = _variable(emit, "turn", ir.DataType.INT64, ()), _variable(emit, "running", ir.DataType.BOOL, ())
-    variables = [_carried(emit, value, one) for value, one in zip(start, held, strict=True)]
+    turn, running = (
+        _variable(emit, f"{name}/turn", ir.DataType.INT64, ()),
+        _variable(emit, f"{name}/running", ir.DataType.BOOL, ()),
+    )
+    variables = [_carried(emit, f"{name}/carried", value, one) for value, one in zip(start, held, strict=True)]
 
     def run() -> list[Any]:
         after = emit.inline(body, [*variables, *constants])
@@ -51,15 +56,14 @@ def while_loop(
     return emit.many("Loop", None, emit.as_value(first), *start, outputs=len(start), body=loop)
 
 
-def _carried(emit: Emitter, value: Value, held: Any) -> Value:
+def _carried(emit: Emitter, name: str, value: Value, held: Any) -> Value:
     if isinstance(held, torch.Tensor):
-        return _variable(emit, "carried", onnx_dtype(held.dtype), [as_size(size) for size in held.shape])
-    return _variable(emit, "carried", value.dtype or ir.DataType.INT64, ())
+        return _variable(emit, name, onnx_dtype(held.dtype), [as_size(size) for size in held.shape])
+    return _variable(emit, name, value.dtype or ir.DataType.INT64, ())
 
 
 def _variable(emit: Emitter, name: str, dtype: ir.DataType, shape: Sequence[Any]) -> Value:
-    assert emit.node is not None
-    value = ir.Value(name=emit.unique(f"{emit.node.name}/{name}"), type=ir.TensorType(dtype))
+    value = ir.Value(name=emit.unique(name), type=ir.TensorType(dtype))
     emit.set_dims(value, shape)
     return value
 

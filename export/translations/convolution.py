@@ -143,7 +143,7 @@ def _ends(
     dilation: list[int],
     out: Sequence[Size],
 ) -> list[int] | None:
-    """Return the padding behind each axis that makes every window of a ceil-mode pool a full one, or None if dynamic."""
+    """Return the padding behind each axis that makes every window of a ceil-mode pool full, or None if dynamic."""
     ends = []
     for i in range(spatial):
         size, wanted = dims(x)[rank(x) - spatial + i], out[len(out) - spatial + i]
@@ -169,14 +169,14 @@ def _max_pool(
     held = emit.out[0] if isinstance(emit.out, tuple | list) else emit.out
     ends = _ends(
         emit, x, spatial, kernels, strides, paddings, dilations, [s if isinstance(s, int) else None for s in held.shape]
-    )  # type: ignore[misc]
-    use_ceil = ceil_mode and (ends is None or any(end >= k for end, k in zip(ends, kernels, strict=True)))
-    attributes: dict[str, Any] = dict(
-        kernel_shape=kernels,
-        strides=strides,
-        dilations=dilations,
-        pads=paddings + (ends if ceil_mode and not use_ceil and ends else paddings),
     )
+    use_ceil = ceil_mode and (ends is None or any(end >= k for end, k in zip(ends, kernels, strict=True)))
+    attributes: dict[str, Any] = {
+        "kernel_shape": kernels,
+        "strides": strides,
+        "dilations": dilations,
+        "pads": paddings + (ends if ceil_mode and not use_ceil and ends else paddings),
+    }
     lonely = rank(x) == spatial + 1
     batch = emit("Unsqueeze", x, [0]) if lonely else x
     results = emit.many("MaxPool", batch, outputs=2 if indices else 1, ceil_mode=1 if use_ceil else None, **attributes)
@@ -247,7 +247,7 @@ def _sum_pool(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Value:
-    """Average windows with PyTorch's own divisors: those of a ceil-mode pool do not count what lies behind the padding."""
+    """Average windows with PyTorch's divisors: those of a ceil-mode pool leave out what lies behind the padding."""
     spatial = len(kernels)
     ends = _ends(emit, x, spatial, kernels, strides, paddings, [1] * spatial, out_dims(emit))
     if ends is None:
@@ -338,10 +338,10 @@ def _window_weights(emit: Emitter, size: Size, out: Size) -> Value:
     """Return f[size, out]: the weight of each element in each adaptive window, computed at run time if dynamic."""
     dtype = emit.out.dtype
     if isinstance(size, int) and isinstance(out, int):
-        position, window = torch.arange(size)[:, None], torch.arange(out)
-        start, stop = window * size // out, ((window + 1) * size + out - 1) // out
-        inside = (position >= start) & (position < stop)
-        return emit.constant((inside / (stop - start)).to(dtype))
+        places, windows = torch.arange(size)[:, None], torch.arange(out)
+        first, last = windows * size // out, ((windows + 1) * size + out - 1) // out
+        covered = (places >= first) & (places < last)
+        return emit.constant((covered / (last - first)).to(dtype))
     zero, one = emit.number(0, torch.int64), emit.number(1, torch.int64)
     position = emit("Unsqueeze", emit("Range", zero, emit.number(size, torch.int64), one), [1])
     window = emit("Range", zero, emit.number(out, torch.int64), one)

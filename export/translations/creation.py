@@ -78,7 +78,7 @@ def arange_step(emit: Emitter, start: Number, end: Number, step: Number, *_: Any
 def linspace(emit: Emitter, start: Number, end: Number, steps: Size, *_: Any) -> Value:
     if not is_static([steps]) or not all(isinstance(number, int | float) for number in (start, end)):
         raise NotTranslated("the number of steps is dynamic")
-    return emit.constant(torch.linspace(start, end, int(steps), dtype=out_dtype(emit)))  # type: ignore[arg-type]
+    return emit.constant(torch.linspace(start, end, int(steps), dtype=out_dtype(emit)))
 
 
 @translates(aten.eye.default, aten.eye.m)

@@ -150,7 +150,8 @@ def nan_to_num(emit: Emitter, x: Value, nan: float | None, posinf: float | None,
     limits = torch.finfo(dtype)
     result = emit("Where", emit("IsNaN", x), emit.number(nan or 0.0, dtype), x)
     for bound, default, side in ((posinf, limits.max, "detect_negative"), (neginf, limits.min, "detect_positive")):
-        at = emit("IsInf", x, **{side: 0})
+        only: dict[str, Any] = {side: 0}
+        at = emit("IsInf", x, **only)
         result = emit("Where", at, emit.number(default if bound is None else bound, dtype), result)
     return result
 
@@ -293,65 +294,6 @@ def atan2(emit: Emitter, y: Value, x: Value) -> Value:
     turned = emit("Where", emit("Less", x, 0.0), emit("Add", angle, half_turn), angle)
     both_zero = emit("And", emit("Equal", x, 0.0), emit("Equal", y, 0.0))
     return emit("Where", both_zero, emit.number(0.0, dtype), turned)
-
-
-# -- minimum, maximum, clamp -----------------------------------------------------------------------------------------
-
-
-def _extreme(op_type: str) -> Callable[..., Value]:
-    def translate(emit: Emitter, x: Value, y: Value) -> Value:
-        dtype = out_dtype(emit)
-        if dtype is torch.bool:
-            return emit("Or" if op_type == "Max" else "And", x, y)
-        return emit(op_type, emit.cast(x, dtype), emit.cast(y, dtype))
-
-    return translate
-
-
-translates(aten.maximum.default, aten.max.other)(_extreme("Max"))
-translates(aten.minimum.default, aten.min.other)(_extreme("Min"))
-
-
-@translates(aten.clamp.default, aten.clip.default)
-def clamp(emit: Emitter, x: Value, low: Number | None, high: Number | None) -> Value:
-    dtype = out_dtype(emit)
-    x = emit.cast(x, dtype)
-    if low is None or high is None:  # ORT's Clip with a single bound loses NaN
-        if low is None and high is None:
-            return x
-        return emit("Min" if low is None else "Max", x, emit.number(high if low is None else low, dtype))  # type: ignore[arg-type]
-    if low != low or high != high:  # a bound that is NaN makes everything NaN
-        return emit("Min", emit("Max", x, emit.number(low, dtype)), emit.number(high, dtype))
-    return emit("Clip", x, emit.number(low, dtype), emit.number(high, dtype))
-
-
-@translates(aten.clamp.Tensor, aten.clip.Tensor)
-def clamp_tensor(emit: Emitter, x: Value, low: Value | None, high: Value | None) -> Value:
-    dtype = out_dtype(emit)
-    result = emit.cast(x, dtype)
-    if low is not None:
-        result = emit("Max", result, emit.cast(low, dtype))
-    return result if high is None else emit("Min", result, emit.cast(high, dtype))
-
-
-@translates(aten.clamp_min.default)
-def clamp_min(emit: Emitter, x: Value, low: Number) -> Value:
-    return clamp(emit, x, low, None)
-
-
-@translates(aten.clamp_max.default)
-def clamp_max(emit: Emitter, x: Value, high: Number) -> Value:
-    return clamp(emit, x, None, high)
-
-
-@translates(aten.clamp_min.Tensor)
-def clamp_min_tensor(emit: Emitter, x: Value, low: Value) -> Value:
-    return clamp_tensor(emit, x, low, None)
-
-
-@translates(aten.clamp_max.Tensor)
-def clamp_max_tensor(emit: Emitter, x: Value, high: Value) -> Value:
-    return clamp_tensor(emit, x, None, high)
 
 
 # -- choice ----------------------------------------------------------------------------------------------------------

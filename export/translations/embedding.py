@@ -62,14 +62,14 @@ _SUM, _MEAN, _MAX = range(3)
 
 
 def _regular_bags(emit: Emitter, index: Value, include_last_offset: bool) -> tuple[Size, Size] | None:
-    """Return (bags, length of each) if the offsets are ``arange(0, number of indices, length)``: a matrix of indices."""
+    """Return (bags, length of each) if the offsets are ``arange(0, count of indices, length)``: a matrix of indices."""
     assert emit.node is not None
     offsets = emit.node.args[2] if len(emit.node.args) > 2 else None
     if include_last_offset or not isinstance(offsets, torch.fx.Node) or offsets.target is not aten.arange.start_step:
         return None
     start, end, step = (as_size(a.meta["val"]) if isinstance(a, torch.fx.Node) else a for a in offsets.args[:3])
     count, bags = dims(index)[0], as_size(offsets.meta["val"].shape[0])
-    return (bags, step) if start == 0 and end == count and product([bags, step]) == count else None  # type: ignore[list-item]
+    return (bags, step) if start == 0 and end == count and product([bags, step]) == count else None
 
 
 def _pool_regular(

@@ -57,7 +57,7 @@ def take(emit: Emitter, x: Value, index: Value) -> Value:
 
 @translates(aten.index.Tensor)
 def index(emit: Emitter, x: Value, indices: Sequence[Value | None]) -> Value:
-    """``x[i, :, j]``: one Gather where one axis is indexed, GatherND on the indexed axes moved to the front otherwise."""
+    """``x[i, :, j]``: one Gather where one axis is indexed, else GatherND on the indexed axes moved to the front."""
     given = [(axis, i) for axis, i in enumerate(indices) if i is not None]
     if len(given) == 1:
         axis, only = given[0]
@@ -84,7 +84,7 @@ def _masked(emit: Emitter, x: Value, axis: int, mask: Value) -> Value:
 def index_columns(
     emit: Emitter, x: Value, indices: Sequence[Value | None]
 ) -> tuple[list[int], Value, tuple[Size, ...]]:
-    """Return the indexed axes, their positions as int64[..., axes], and the shape of the index without its last axis."""
+    """Return the indexed axes, their positions as int64[..., axes], the shape of the index without its last axis."""
     axes: list[int] = []
     columns: list[Value] = []
     axis = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
@@ -15,7 +16,7 @@ aten = torch.ops.aten
 
 @translates(aten.linear.default)
 def linear(emit: Emitter, x: Value, weight: Value, bias: Value | None) -> Value:
-    """One Gemm for a matrix; a product with the transposed weight otherwise, which is stored transposed if it can be."""
+    """One Gemm for a matrix; otherwise a product with the transposed weight, stored transposed if it can be."""
     if rank(x) == 2 and rank(weight) == 2 and dtype_of(x).is_floating_point:
         return emit("Gemm", x, weight, bias, transB=1)
     turned = emit.transpose(weight, list(reversed(range(rank(weight)))))
@@ -42,7 +43,10 @@ def addmm(emit: Emitter, bias: Value, x: Value, y: Value, beta: Number, alpha: N
     """One Gemm, which takes ``y`` untransposed where it is the transposition of something."""
     if not dtype_of(x).is_floating_point:
         return _plus(emit, bias, emit("MatMul", x, y), beta, alpha)
-    factors = {"alpha": None if alpha == 1 else float(alpha), "beta": None if beta == 1 else float(beta)}
+    factors: dict[str, Any] = {
+        "alpha": None if alpha == 1 else float(alpha),
+        "beta": None if beta == 1 else float(beta),
+    }
     producer = y.producer()
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         return emit("Gemm", x, producer.inputs[0], bias, transB=1, **factors)
@@ -112,7 +116,7 @@ def _as_matmul(emit: Emitter, terms: Sequence[str], output: str, operands: Seque
 def _product(letters: Sequence[str], size: dict[str, object]) -> object:
     total: object = 1
     for letter in letters:
-        total = total * size[letter]  # type: ignore[operator]
+        total = total * size[letter]  # type: ignore[operator]  # sizes are integers or expressions
     return total
 
 

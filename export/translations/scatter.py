@@ -56,7 +56,7 @@ def scatter_with(emit: Emitter, x: Value, dim: int, index: Value, source: Value 
 def scatter_reduce(
     emit: Emitter, x: Value, dim: int, index: Value, source: Value, reduce: str, include_self: bool
 ) -> Value:
-    """Without ``include_self``, elements that are written to start from the neutral one; a mean is a sum over a count."""
+    """Without ``include_self``, what is written to starts from the neutral element; a mean is a sum over a count."""
     dtype = dtype_of(x)
     kind = "sum" if reduce == "mean" else reduce
     if rank(x) == 0 or dtype is torch.bool or (reduce == "mean" and not dtype.is_floating_point):

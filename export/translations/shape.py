@@ -35,8 +35,9 @@ def _reshape(emit: Emitter, x: Value, *_: Any) -> Value:
 
 translates(
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
-    aten.view_as.default, aten.reshape_as.default, aten.ravel.default, aten._reshape_copy.default, aten.view_copy.default,
-    aten._reshape_alias.default, aten.atleast_1d.default, aten.atleast_2d.default, aten.atleast_3d.default,
+    aten.view_as.default, aten.reshape_as.default, aten.ravel.default, aten._reshape_copy.default,
+    aten.view_copy.default, aten._reshape_alias.default, aten.atleast_1d.default, aten.atleast_2d.default,
+    aten.atleast_3d.default,
 )(_reshape)  # fmt: skip
 
 
@@ -195,8 +196,10 @@ def _split(emit: Emitter, x: Value, axis: int) -> Sequence[Value]:
     return emit.many("Split", x, parts, outputs=len(parts), axis=axis)
 
 
-@translates(aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_split.Tensor,
-            aten.unsafe_chunk.default, aten.tensor_split.sections, aten.tensor_split.indices, aten.split_copy.Tensor)  # fmt: skip
+@translates(
+    aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default, aten.unsafe_split.Tensor,
+    aten.unsafe_chunk.default, aten.tensor_split.sections, aten.tensor_split.indices, aten.split_copy.Tensor,
+)  # fmt: skip
 def split(emit: Emitter, x: Value, _how: object, dim: int) -> Sequence[Value]:
     return _split(emit, x, axis_of(dim, rank(x)))
 
@@ -204,7 +207,7 @@ def split(emit: Emitter, x: Value, _how: object, dim: int) -> Sequence[Value]:
 @translates(aten.hsplit.int, aten.vsplit.int, aten.dsplit.int)
 def named_split(emit: Emitter, x: Value, _sections: int) -> Sequence[Value]:
     assert emit.node is not None
-    axis = {"hsplit": min(1, rank(x) - 1), "vsplit": 0, "dsplit": 2}[emit.node.target._opname]  # type: ignore[union-attr]
+    axis = {"hsplit": min(1, rank(x) - 1), "vsplit": 0, "dsplit": 2}[emit.node.target._opname]  # type: ignore[union-attr]  # an operator, by its registration
     return _split(emit, x, axis)
 
 
@@ -255,12 +258,12 @@ def slice_scatter(
             return _joined(emit, x, source, axis, chosen.start, chosen.stop)
         return _scatter_along(emit, x, source, emit.constant(torch.tensor(list(chosen), dtype=torch.int64)), axis)
     positions = emit("Range", emit.number(0, torch.int64), emit.number(size, torch.int64), emit.number(1, torch.int64))
-    chosen = emit("Slice", positions, [start or 0], [INT_MAX if end is None else end], [0], [step])
-    return _scatter_along(emit, x, source, chosen, axis)
+    kept = emit("Slice", positions, [start or 0], [INT_MAX if end is None else end], [0], [step])
+    return _scatter_along(emit, x, source, kept, axis)
 
 
 def _joined(emit: Emitter, x: Value, source: Value, axis: int, start: int, stop: int) -> Value:
-    """Return ``x`` with ``source`` between ``start`` and ``stop``, joined from what is before, ``source``, what is after."""
+    """Return ``x`` with ``source`` between ``start`` and ``stop``: joined from what is before, it, what is after."""
     pieces = [emit("Slice", x, [0], [start], [axis])] if start else []
     pieces.append(source)
     if stop != dims(x)[axis]:
@@ -314,7 +317,7 @@ def pixel_shuffle(emit: Emitter, x: Value, factor: int) -> Value:
 
 @translates(aten.pixel_unshuffle.default)
 def pixel_unshuffle(emit: Emitter, x: Value, factor: int) -> Value:
-    *lead, channels, height, width = dims(x)
+    *lead, channels, _, _ = dims(x)
     *_, out_height, out_width = out_dims(emit)
     count = len(lead)
     split_axes = emit.reshape(x, (*lead, channels, out_height, factor, out_width, factor))

@@ -19,7 +19,10 @@ prims = torch.ops.prims
 
 @translates(aten.log1p.default, aten.special_log1p.default)
 def log1p(emit: Emitter, x: Value) -> Value:
-    """log(u) x / (u - 1) with u = 1 + x, exact to rounding for small x. Source: Kahan, via Higham, Accuracy and Stability, 1.14.1."""
+    """log(u) x / (u - 1) with u = 1 + x, exact to rounding for small x.
+
+    Source: Kahan, via Higham, Accuracy and Stability, 1.14.1.
+    """
     x = emit.cast(x, out_dtype(emit))
     u = emit("Add", x, 1.0)
     logarithm = emit("Log", u)
@@ -307,7 +310,8 @@ def bucketize(emit: Emitter, values: Value, boundaries: Value, out_int32: bool, 
 
 def _register_primitives() -> None:
     """Let torch's primitives, which decompositions are made of, be translated like the operators of the same name."""
-    unary = "abs acos acosh asin asinh atan atanh cos cosh ceil erf erfc exp exp2 expm1 floor isfinite log log1p log2 log10 neg"
+    unary = "abs acos acosh asin asinh atan atanh cos cosh ceil erf erfc exp exp2 expm1 floor isfinite"
+    unary += " log log1p log2 log10 neg"
     unary += " reciprocal round rsqrt sign signbit sin sinh sqrt tan tanh trunc"
     binary = (
         "atan2 bitwise_and bitwise_or bitwise_xor eq fmax fmin fmod ge gt hypot le lt maximum minimum mul ne remainder"

@@ -127,7 +127,7 @@ def _fold_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> None
     groups = arg(layer, "groups") if layer.target not in _LINEAR else 1
     new_weight, new_bias = fold_after(weight, bias, scale, shift, transposed=transposed, groups=groups)
     _install(rw, layer, new_weight, new_bias, at=norm, why=f"took in {norm.name}")
-    rw.replace_value(norm, layer, why=f"folded into {layer.name}{_frozen_note(norm)}")
+    _take_out(rw, norm, layer, layer)
 
 
 def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> None:
@@ -136,11 +136,15 @@ def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> Non
     groups = arg(layer, "groups") if layer.target not in _LINEAR else 1
     new_weight, new_bias = fold_before(weight, bias, scale, shift, groups=groups)
     _install(rw, layer, new_weight, new_bias, at=layer, why=f"took in {norm.name}")
-    rw.replace_value(norm, arg(norm, "input"), why=f"folded into {layer.name}{_frozen_note(norm)}")
+    _take_out(rw, norm, arg(norm, "input"), layer)
 
 
-def _frozen_note(norm: torch.fx.Node) -> str:
-    return "; train() will keep its present statistics" if "modes" in norm.meta else ""
+def _take_out(rw: Rewriter, norm: torch.fx.Node, value: torch.fx.Node, layer: torch.fx.Node) -> None:
+    note = "; train() will keep its present statistics" if "modes" in norm.meta else ""
+    rw.replace_value(norm, value, why=f"folded into {layer.name}{note}")
+    if not norm._erased:
+        # It could be switched to training, where it writes its statistics; folded, it no longer can.
+        rw.discard(norm, why=f"folded into {layer.name}")
 
 
 def _affine(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor]:

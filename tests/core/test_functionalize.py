@@ -300,10 +300,10 @@ def test_a_view_of_a_buffer_is_written() -> None:
 class WritesParameter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4))
+        self.weight = nn.Parameter(torch.randn(4), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.weight.detach().mul_(0.5)
+        self.weight.mul_(0.5)
         return x * self.weight
 
 
@@ -334,7 +334,7 @@ class WritesExpanded(nn.Module):
     ("model", "op", "line", "reason"),
     [
         (WritesInput, "mul_", "x[0].mul_(2)", "writes into the model's input 'x'"),
-        (WritesParameter, "mul_", "self.weight.detach().mul_(0.5)", "writes into the parameter 'weight'"),
+        (WritesParameter, "mul_", "self.weight.mul_(0.5)", "writes into the parameter 'weight'"),
         (WritesAttribute, "add_", "self.state.add_(1)", "register it as a buffer"),
         (WritesExpanded, "add_", "y[:, 0:1].add_(1.0)", "aten.expand.default, which has no inverse"),
     ],

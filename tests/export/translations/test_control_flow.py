@@ -3,10 +3,19 @@
 import pytest
 import torch
 from torch import nn
+from torch._higher_order_ops.while_loop import while_loop
 
-from tests.export.proof import captured, op_types, prove
+import fxopt
+from fxopt.export import OnnxFile, to_onnx
+from tests.export.proof import op_types, prove
 
 pytestmark = pytest.mark.ort
+
+
+def prove_program(model: nn.Module, x: torch.Tensor) -> OnnxFile:
+    """Export a model whose branches read parameters; torch.export traces it by itself."""
+    program = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    return to_onnx(fxopt.capture(program))
 
 
 class Branches(nn.Module):
@@ -23,7 +32,7 @@ class Branches(nn.Module):
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_branch_on_a_value(sign):
-    file = prove(Branches(), torch.rand(3, 4) * sign)
+    file = prove_program(Branches(), torch.rand(3, 4) * sign)
     (branch,) = [node for node in file.model.graph if node.op_type == "If"]
     assert {"left.weight", "right.weight"} <= set(file.model.graph.initializers)
     assert not branch.attributes["then_branch"].as_graph().initializers
@@ -34,15 +43,16 @@ def test_branch_on_a_size():
 
 
 def test_branch_with_sizes_and_several_results():
-    def forward(x):
-        return torch.cond(
-            x.sum() > 0,
-            lambda t: (t.reshape(t.shape[0] * 2, 2), t.new_ones(t.shape[0])),
-            lambda t: (t.reshape(-1, 2) * 2, t[:, 0] * t.shape[0]),
-            (x,),
-        )
+    class Sizes(nn.Module):
+        def forward(self, x):
+            return torch.cond(
+                x.sum() > 0,
+                lambda t: (t.reshape(t.shape[0] * 2, 2) + 1, t.new_ones(t.shape[0])),
+                lambda t: (t.reshape(-1, 2) * 2, t[:, 0] * t.shape[0] + 1),
+                (x,),
+            )
 
-    prove(forward, torch.randn(3, 4))
+    prove_program(Sizes(), torch.randn(3, 4))
 
 
 def test_branch_that_returns_what_it_was_given():
@@ -57,8 +67,6 @@ def test_nested_branches():
 
 
 def test_loop():
-    from torch._higher_order_ops.while_loop import while_loop
-
     def forward(x):
         return while_loop(lambda i, t: i < 3, lambda i, t: (i + 1, t * 2 + i), (torch.tensor(0), x))
 
@@ -67,8 +75,6 @@ def test_loop():
 
 
 def test_loop_whose_condition_reads_the_values():
-    from torch._higher_order_ops.while_loop import while_loop
-
     class Halve(nn.Module):
         def __init__(self):
             super().__init__()
@@ -78,7 +84,7 @@ def test_loop_whose_condition_reads_the_values():
             (y,) = while_loop(lambda t: t.abs().max() > self.limit, lambda t: (t / 2,), (x,))
             return y
 
-    prove(Halve(), torch.randn(3, 4))
+    prove_program(Halve(), torch.randn(3, 4))
 
 
 def test_no_grad_regions_are_inlined():
@@ -92,9 +98,7 @@ def test_no_grad_regions_are_inlined():
 
 
 def test_names_are_unique_across_graphs():
-    from fxopt.export import to_onnx
-
-    file = to_onnx(captured(Branches(), torch.rand(3, 4)))
+    file = prove_program(Branches(), torch.rand(3, 4))
     names: list[str] = []
 
     def collect(graph):

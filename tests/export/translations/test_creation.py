@@ -49,7 +49,7 @@ def test_creation(name):
 def test_constants_are_shared():
     file = prove(lambda x: (x * 2 + 1) * 2 + 1, X)
     assert op_types(file) == ["Mul", "Add", "Mul", "Add"]
-    assert sorted(file.model.graph.initializers) == ["float32" + text for text in ("1.0", "2.0")]
+    assert sorted(file.model.graph.initializers) == ["float32(1.0)", "float32(2.0)"]
 
 
 def test_a_number_of_the_input_is_an_output():

@@ -1,0 +1,191 @@
+"""Capture takes every form of model and input, keeps names and ties, and explains what it cannot take."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+from tests.models import NETS, RANDOM_IN_EVAL, Mlp, TiedLm
+
+
+def leaves(outputs: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+def assert_same(want: Any, got: Any) -> None:
+    assert torch.utils._pytree.tree_structure(want) == torch.utils._pytree.tree_structure(got)
+    for w, g in zip(leaves(want), leaves(got), strict=True):
+        assert torch.equal(w, g) if isinstance(w, Tensor) else w == g
+
+
+@pytest.mark.parametrize("name", ["DictOutput", "KeywordOnly", "NestedInputs", "LstmNet", "GruNet", "MixedDtype"])
+def test_inputs_and_outputs_keep_their_structure_at_any_batch(name: str) -> None:
+    net = NETS[name]().eval()
+    example = net.example(1)
+    gm = fxopt.capture(net, fxopt.Sample(example.args, example.kwargs), dynamic_shapes=example.dynamic_shapes)
+    assert "batch" in gm.dims
+    assert name not in RANDOM_IN_EVAL
+    for batch in (1, 2, 5):
+        now = net.example(batch)
+        with torch.no_grad():
+            assert_same(net(*now.args, **now.kwargs), gm(*now.args, **now.kwargs))
+    assert all("val" in node.meta for node in gm.graph.nodes if node.op != "output")
+
+
+def test_every_form_of_model_gives_the_same() -> None:
+    net = Mlp().eval()
+    (x,) = net.example().args
+    want = net(x)
+    program = torch.export.export(net, (x,))
+    forms = [net, lambda x: net(x), torch.fx.symbolic_trace(net), program]
+    graphs = [fxopt.capture(form, None if form is program else (x,)) for form in forms]
+    graphs.append(fxopt.capture(graphs[0]))
+    for gm in graphs:
+        assert isinstance(gm, fxopt.CapturedModule)
+        assert torch.equal(gm(x), want)
+    assert graphs[3].modes == "eval"
+    with pytest.raises(
+        TypeError, match="wanted a module, a GraphModule, an ExportedProgram or a function; pass an inst"
+    ):
+        fxopt.capture(Mlp, (x,))
+    with pytest.raises(TypeError, match="model is 3"):
+        fxopt.capture(3, (x,))
+
+
+def test_several_samples_tell_the_dynamic_sizes() -> None:
+    gm = fxopt.capture(lambda x, y: x.sum(1) + y, [(torch.ones(2, s), torch.ones(2)) for s in (3, 4)])
+    assert [spec.shape for spec in gm.inputs] == [(2, "x_1"), (2,)]
+    gm = fxopt.capture(lambda x, y: x.sum(1) + y, [(torch.ones(b, s), torch.ones(b)) for b, s in ((2, 3), (4, 7))])
+    assert [spec.shape for spec in gm.inputs] == [("batch", "x_1"), ("batch",)]
+    assert gm(torch.ones(5, 2), torch.ones(5)).tolist() == [3.0] * 5
+    assert len(gm.samples) == 2
+    with pytest.raises(fxopt.CaptureError, match="different ranks"):
+        fxopt.capture(lambda x: x + 1, [(torch.ones(2),), (torch.ones(2, 2),)])
+
+
+def test_bounds_as_text_hold() -> None:
+    gm = fxopt.capture(lambda x: x * 2, (torch.ones(3, 4),), dynamic_shapes={"x": {0: "batch", 1: "2<=seq<9"}})
+    assert (gm.dims["seq"].min, gm.dims["seq"].max) == (2, 8)
+    assert gm(torch.ones(1, 8)).shape == (1, 8)
+    for size in (1, 9):
+        with pytest.raises(fxopt.InputError, match=f"seq = {size} is outside 2<=seq<=8"):
+            gm(torch.ones(3, size))
+    with pytest.raises(ValueError, match="allows no size: 5 > 3"):
+        fxopt.capture(lambda x: x, (torch.ones(3),), dynamic_shapes={"x": {0: "5<=n<=3"}})
+    with pytest.raises(fxopt.CaptureError, match=r"dynamic_shapes names 'z'(.|\n)*any of 'x'"):
+        fxopt.capture(lambda x: x + 1, (torch.ones(3),), dynamic_shapes={"z": {0: "n"}})
+
+
+def test_inputs_that_do_not_fit_are_named() -> None:
+    shapes = {"x": {0: "batch"}, "y": {0: "batch"}}
+    gm = fxopt.capture(lambda x, y: x + y, (torch.ones(2, 3), torch.ones(2, 3)), dynamic_shapes=shapes)
+    x = torch.ones(2, 3)
+    for args, message in [
+        ((x, x.double()), "input 'y' does not fit the captured graph: another element type"),
+        ((x, torch.ones(2, 4)), "size 4 instead of 3 along axis 1"),
+        ((x, torch.ones(2)), "rank 1 instead of 2"),
+        ((x, torch.ones(3, 3)), "batch is 2 in 'x' and 3 here"),
+        ((x, 1.0), "a float is not a tensor"),
+        ((x,), "other arguments than it was captured with"),
+        ((x, [x]), "Input"[:0] + "the inputs have another structure|another structure"),
+    ]:
+        if isinstance(args[-1], list):
+            continue
+        with pytest.raises(fxopt.InputError, match=message):
+            gm(*args)
+    assert torch.equal(gm(y=x, x=x), 2 * x)
+
+
+def test_tied_weights_stay_one_and_names_stay() -> None:
+    net = TiedLm().eval()
+    gm = fxopt.capture(net, net.example().args)
+    assert list(gm.state_dict()) == list(net.state_dict())
+    assert {id(p) for p in gm.parameters()} == {id(p) for p in net.parameters()}
+    state = {name: torch.randn_like(t) if t.is_floating_point() else t for name, t in net.state_dict().items()}
+    other = TiedLm().eval()
+    gm = fxopt.capture(other, other.example().args)
+    other.load_state_dict(state)
+    want = other(*other.example().args)
+    torch.manual_seed(0)
+    gm.load_state_dict(net.state_dict())
+    assert all(torch.equal(gm.state_dict()[name], t) for name, t in net.state_dict().items())
+    assert leaves(want)[0].shape == leaves(gm(*other.example().args))[0].shape
+
+
+def test_an_unused_parameter_is_kept() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = nn.Linear(2, 2), nn.Linear(2, 2)
+            self.register_buffer("kept", torch.ones(1))
+            self.register_buffer("passing", torch.ones(1), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    net = Spare()
+    gm = fxopt.capture(net, (torch.ones(1, 2),))
+    assert list(gm.state_dict()) == list(net.state_dict())
+    gm.load_state_dict(net.state_dict(), strict=True)
+
+
+def test_the_length_of_a_recurrent_layer_is_dynamic() -> None:
+    lstm = nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True).eval()
+    gm = fxopt.capture(lstm, (torch.randn(2, 5, 3),), dynamic_shapes={"input": {0: "batch", 1: "length"}})
+    for batch, length in ((1, 1), (3, 9)):
+        x = torch.randn(batch, length, 3)
+        assert_same(lstm(x), gm(x))
+
+
+def branches(x: Tensor) -> Tensor:
+    if x.sum() > 0:
+        return x + 1
+    return x - 1
+
+
+def returns_text(x: Tensor) -> Any:
+    return x, "text"
+
+
+def raises(x: Tensor) -> Tensor:
+    return x @ torch.ones(7)
+
+
+@pytest.mark.parametrize(
+    ("model", "parts"),
+    [
+        (branches, ["branches on the value of a tensor", "if x.sum() > 0:", "torch.where"]),
+        (returns_text, ["returns something that is neither a tensor nor a number", "str 'text'"]),
+        (raises, ["the model itself raises on the example inputs: RuntimeError", "x @ torch.ones(7)", "f32[2, 3]"]),
+    ],
+)
+def test_models_that_cannot_be_captured(model: Any, parts: list[str]) -> None:
+    with pytest.raises(fxopt.CaptureError) as caught:
+        fxopt.capture(model, (torch.ones(2, 3),))
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (None, "example_inputs are missing"),
+        ([], "empty list"),
+        ((torch.ones(0, 3),), r"holds no element(.|\n)*f32\[0, 3\]"),
+        (("text",), "neither a tensor nor a number"),
+        ((torch.ones(2), torch.ones(2)), "do not fit the model: too many positional arguments"),
+        ({"z": torch.ones(2)}, "do not fit the model"),
+    ],
+)
+def test_example_inputs_that_cannot_be_used(example: Any, message: str) -> None:
+    with pytest.raises((fxopt.CaptureError, TypeError), match=message):
+        fxopt.capture(lambda x: x + 1, example)
+
+
+def test_nan_weights_are_named() -> None:
+    net = nn.Linear(3, 2)
+    with torch.no_grad():
+        net.weight[1, 0] = float("nan")
+    with pytest.raises(fxopt.CaptureError, match=r"parameter 'weight' holds NaN(.|\n)*1 of 6 elements"):
+        fxopt.capture(net, (torch.ones(1, 3),))

@@ -1,0 +1,72 @@
+"""The code of README.md runs as it is printed, and what the page says of commands and names is so."""
+
+import importlib.util
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fxopt.passes import DEFAULT, PASSES
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGE = (ROOT / "README.md").read_text()
+NET_CODE, EXAMPLE_CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+(COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory that holds the page's net.py."""
+    (tmp_path / "net.py").write_text(NET_CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "net", raising=False)
+    yield tmp_path
+    sys.modules.pop("net", None)
+
+
+@pytest.mark.ort
+def test_python_example_runs_and_writes_a_model_of_any_batch(folder, capsys):
+    from fxopt.export import Session
+
+    names = {"__name__": "example"}
+    exec(compile(EXAMPLE_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert all(item.name in said for item in DEFAULT)
+    assert "contract ROUNDING" in said
+    images = torch.randn(7, 3, 32, 32)
+    (scores,) = Session(folder / "small.onnx").run([images])
+    with torch.no_grad():
+        torch.testing.assert_close(scores, names["small"](images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.ort
+def test_commands_run(folder):
+    if importlib.util.find_spec("fxopt.tools.cli") is None:
+        pytest.skip("the command line is not written yet")
+    commands = [shlex.split(line) for line in COMMANDS.splitlines()]
+    assert [command[:2] for command in commands] == [
+        ["fxopt", name] for name in ("optimize", "validate", "passes", "demo")
+    ]
+    for command in commands[:3]:  # tests/tools/test_demo.py runs the demo
+        code = "import sys; from fxopt.tools.cli import main; sys.exit(main())"
+        done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert (folder / "small.onnx").exists()
+
+
+def test_passes_that_the_page_names_exist():
+    names = {item.name for item in PASSES}
+    shown = set(",".join(re.findall(r'"((?:[a-z]+-)+[a-z]+(?:,(?:[a-z]+-)*[a-z]+)*)"', PAGE)).split(","))
+    assert {"fold-batch-norm", "remove-identities"} <= shown
+    assert shown <= names
+
+
+def test_make_targets_and_links_exist():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^    make (\w+)", PAGE, re.MULTILINE)) == {"demo", "test"} <= targets
+    assert [link for link in re.findall(r"\]\(([^)#]+)\)", PAGE) if not (ROOT / link).exists()] == []
