@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 import sympy
 import torch
+
 from fxopt.export.kernels import KERNELS
 
 __all__ = ["is_truth", "kernel_dtype", "onnx_dtype", "promoted", "torch_dtype"]

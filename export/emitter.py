@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 import sympy
 import torch
+
+from fxopt.errors import ExportError
 from fxopt.export import schemas
 from fxopt.export.dtypes import is_truth, kernel_dtype, onnx_dtype, torch_dtype
 from fxopt.export.sizes import Size, SizeEmitter
-
-from fxopt.errors import ExportError
 
 __all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "rank", "tensor_of"]
 

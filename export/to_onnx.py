@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fxopt.export.files import ExternalData, OnnxFile, check_target
-from fxopt.export.translate import translate
-from fxopt.export.validate import ValidationReport, validate_file
 
 from fxopt import args
 from fxopt.capture import capture
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
+from fxopt.export.files import ExternalData, OnnxFile, check_target
+from fxopt.export.translate import translate
+from fxopt.export.validate import ValidationReport, validate_file
 from fxopt.graph_module import CapturedModule, graph_modules
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "to_onnx"]

@@ -16,11 +16,12 @@ import onnx
 import onnx_ir as ir
 import sympy
 import torch
+from onnxscript import evaluator
+from torch._ops import OpOverload
+
 from fxopt.export.dtypes import onnx_dtype, promoted, torch_dtype
 from fxopt.export.emitter import Emitter, Value, rank
 from fxopt.export.registry import NotTranslated
-from onnxscript import evaluator
-from torch._ops import OpOverload
 
 __all__ = ["translate"]
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
+
+from fxopt import args
+from fxopt.errors import ExportError, FxoptError, describe
 from fxopt.export import decompose, finish, torchlib
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, Refused
 from fxopt.export.sizes import as_size
 from fxopt.export.translations import WITHOUT_VALUE
-from torch._ops import HigherOrderOperator, OpOverload
-
-from fxopt import args
-from fxopt.errors import ExportError, FxoptError, describe
 
 __all__ = ["translate"]
 
@@ -194,12 +194,12 @@ class _Translator:
         first = len(self.emit.scope.nodes)
         try:
             result = self._translate(node, env)
+            return self._accept(node, result, held, {id(made) for made in self.emit.scope.nodes[first:]})
         except FxoptError:
             raise
         except Exception as error:
             error.add_note(f"while exporting {node.format_node()}\n  at {args.source_line(node) or 'an unknown line'}")
             raise
-        return self._accept(node, result, held, {id(made) for made in self.emit.scope.nodes[first:]})
 
     def _translate(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
         reasons: list[str] = []

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fxopt.export.files import OnnxFile
-from fxopt.export.kernel_noise import kernel_noise
-from fxopt.export.report import OutputResult, ValidationReport
-from fxopt.export.session import Optimization, Session
 
 from fxopt import args
 from fxopt.capture import isolated
 from fxopt.contracts import METRICS, Contract
 from fxopt.dimensions import Sample
 from fxopt.errors import ExportError, NumericsError, describe
+from fxopt.export.files import OnnxFile
+from fxopt.export.kernel_noise import kernel_noise
+from fxopt.export.report import OutputResult, ValidationReport
+from fxopt.export.session import Optimization, Session
 from fxopt.graph_module import CapturedModule
 from fxopt.numerics import Reference, measure, reference, violation
 

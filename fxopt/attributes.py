@@ -11,6 +11,7 @@ from fxopt.errors import InvariantError
 
 __all__ = [
     "attach",
+    "fresh_name",
     "get_path",
     "hasattr_path",
     "named_tensors",
@@ -101,3 +102,13 @@ def path_of(root: torch.nn.Module, wanted: torch.nn.Module) -> str:
     """Return the dotted path under which ``root`` holds the module ``wanted``."""
     found: str = next(name for name, module in root.named_modules() if module is wanted)
     return found
+
+
+def fresh_name(root: torch.nn.Module, name: str, taken: Collection[str]) -> str:
+    """Return ``name`` fit to be a dotted path, with a number behind it if ``root`` or ``taken`` has it already."""
+    parts = ["".join(c if c.isalnum() else "_" for c in part) or "constant" for part in name.split(".")]
+    path, count = ".".join(parts), 0
+    while path in taken or hasattr_path(root, path):
+        count += 1
+        path = ".".join(parts) + f"_{count}"
+    return path

@@ -59,7 +59,7 @@ class Sample:
 
     @classmethod
     def of(cls, example: Any) -> Sample:
-        """Return the sample that ``example`` stands for: a Sample, a tuple (positional), a mapping (keywords), or one argument."""
+        """Return the sample that ``example`` stands for: a Sample, a tuple, a mapping (keywords), or one argument."""
         if isinstance(example, Sample):
             return example
         if isinstance(example, tuple) and not hasattr(example, "_fields"):
@@ -96,7 +96,9 @@ def parse_dimension(text: str) -> Any:
     """
     found = _BOUNDED.match(text)
     if not found:
-        raise ValueError(f"dimension {text!r} is not a name with optional bounds; write for example 'batch' or '2<=seq<512'")
+        raise ValueError(
+            f"dimension {text!r} is not a name with optional bounds; write for example 'batch' or '2<=seq<512'"
+        )
     low = int(found["low"]) + (found["low_op"] == "<") if found["low"] else None
     high = int(found["high"]) - (found["high_op"] == "<") if found["high"] else None
     if low is not None and high is not None and low > high:
@@ -118,7 +120,8 @@ def bind_arguments(forward: Callable[..., Any], sample: Sample) -> dict[str, Any
                 f"the example inputs do not fit the model: {error}",
                 got=f"{len(sample.args)} positional, keywords {', '.join(sample.kwargs) or '(none)'}",
                 wanted=f"forward{inspect.signature(forward)}",
-                try_="pass a tuple for positional arguments, a dict for keyword arguments, or fxopt.Sample(args, kwargs)",
+                try_="pass a tuple for positional arguments, a dict for keyword arguments, "
+                "or fxopt.Sample(args, kwargs)",
             )
         ) from None
 
@@ -202,7 +205,9 @@ def dimensions_from_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, A
         first = values[0]
         if isinstance(first, torch.Tensor):
             if any(not isinstance(item, torch.Tensor) or item.ndim != first.ndim for item in values):
-                raise CaptureError(f"input {path!r} has different ranks in the samples; a graph has one rank for each input")
+                raise CaptureError(
+                    f"input {path!r} has different ranks in the samples; a graph has one rank for each input"
+                )
             axes = {}
             for axis in range(first.ndim):
                 sizes = tuple(item.shape[axis] for item in values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import zipfile
 from typing import Any
@@ -35,7 +34,7 @@ def read_inputs(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
         return (_numpy_sample(path),)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+    except Exception as error:  # the unpickler stumbles over a foreign file in many ways: KeyError, struct.error, ...
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path} is not a file of tensors, or is damaged: {first[:200]}") from error
     samples = tuple(Sample.of(item) for item in content) if isinstance(content, list) else (Sample.of(content),)
@@ -49,8 +48,9 @@ def read_inputs(path: str | os.PathLike[str]) -> tuple[Sample, ...]:
 
 def _numpy_sample(path: str) -> Sample:
     try:
-        content = np.load(path, allow_pickle=False)
-        arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"arr_0": content}
+        with open(path, "rb") as file:  # np.load by name leaves a damaged file open
+            content = np.load(file, allow_pickle=False)
+            arrays = dict(content) if isinstance(content, np.lib.npyio.NpzFile) else {"arr_0": content}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a file of numpy arrays, or is damaged: {error}") from error
     unnamed = all(re.fullmatch(r"arr_\d+", name) for name in arrays)

@@ -26,15 +26,18 @@ from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
 __all__ = ["Unmergeable", "merge_modes"]
 
 
-class Unmergeable(Exception):
+class Unmergeable(Exception):  # noqa: N818  (it steers capture, and never reaches the user)
     """The two traces differ in a way that one graph cannot hold; the text says how."""
 
 
-def merge_modes(first: torch.fx.Graph, second: torch.fx.Graph, *, first_trains: bool, same_tensor: dict[str, str]) -> torch.fx.Graph:
+def merge_modes(
+    first: torch.fx.Graph, second: torch.fx.Graph, *, first_trains: bool, same_tensor: dict[str, str]
+) -> torch.fx.Graph:
     """Return one graph for both modes, set to the mode of ``first``.
 
     Args:
-        first, second: Clean traces of one model in its two modes.
+        first: Clean trace of the model in one mode.
+        second: Clean trace of it in the other.
         first_trains: Whether ``first`` is the trace of training mode.
         same_tensor: For constants of ``second``: the attribute name to read them by.
 
@@ -45,7 +48,9 @@ def merge_modes(first: torch.fx.Graph, second: torch.fx.Graph, *, first_trains: 
 
 
 class _Merger:
-    def __init__(self, first: torch.fx.Graph, second: torch.fx.Graph, first_trains: bool, same_tensor: dict[str, str]) -> None:
+    def __init__(
+        self, first: torch.fx.Graph, second: torch.fx.Graph, first_trains: bool, same_tensor: dict[str, str]
+    ) -> None:
         self.traces = (first, second)
         self.first_trains = first_trains
         self.same_tensor = same_tensor
@@ -94,7 +99,9 @@ class _Merger:
             node.meta["modes"] = modes
         self.merged[0][a] = self.merged[1][b] = node
 
-    def _argument(self, node: torch.fx.Node, place: int | str, x: Any, y: Any, modes: dict[str, tuple[Any, Any]]) -> Any:
+    def _argument(
+        self, node: torch.fx.Node, place: int | str, x: Any, y: Any, modes: dict[str, tuple[Any, Any]]
+    ) -> Any:
         if isinstance(x, torch.fx.Node) and isinstance(y, torch.fx.Node):
             return self._value(self.merged[0][x], self.merged[1][y], node)
         if isinstance(x, list | tuple) and isinstance(y, list | tuple) and len(x) == len(y):
@@ -116,7 +123,7 @@ class _Merger:
                 return x  # one size, computed in two ways; the symbols of both traces are named after the inputs
             tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
             if not tensors or a.dtype != b.dtype or [str(s) for s in a.shape] != [str(s) for s in b.shape]:
-                raise Unmergeable(f"{x.name} and {y.name} are of different types in the two modes, at {source_line(at)}")
+                raise Unmergeable(f"{x.name} and {y.name} differ in type between the two modes, at {source_line(at)}")
             train, evaluation = (x, y) if self.first_trains else (y, x)
             node = self.graph.call_function(SELECT_MODE, (train, evaluation, self.first_trains))
             node.meta = {key: item for key, item in x.meta.items() if key != "modes"}
@@ -185,7 +192,11 @@ def _argument_name(target: OpOverload, place: int | str) -> str:
 
 
 def _has_training(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.target, OpOverload) and "training" in argument_positions(node.target)
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, OpOverload)
+        and "training" in argument_positions(node.target)
+    )
 
 
 def _same_in(graph: torch.fx.Graph, fake: Any) -> Any:
@@ -196,7 +207,9 @@ def _same_in(graph: torch.fx.Graph, fake: Any) -> Any:
     if mode is None or not isinstance(fake, torch.Tensor):
         return fake
     with mode:
-        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad)
+        return torch.empty_strided(
+            fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad
+        )
 
 
 def _opcodes(a: list[Any], b: list[Any]) -> list[tuple[str, int, int, int, int]]:

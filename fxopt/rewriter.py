@@ -18,8 +18,8 @@ from torch._guards import detect_fake_mode
 from fxopt.args import argument_positions, dtype, shape, shape_text, source_line, value
 from fxopt.attributes import (
     attach,
+    fresh_name,
     get_path,
-    hasattr_path,
     named_tensors,
     owner_of,
     path_of,
@@ -266,7 +266,7 @@ class Rewriter:
             why: Reason, for the report; says what was added if not given.
         """
         owner = owner_of(near)
-        path = self._fresh_name(name)
+        path = fresh_name(self.gm, name, self._attributes)
         attach(owner, path, torch.nn.Parameter(tensor.detach()) if trainable else tensor.detach())
         self._attributes.add(path)
         self._removable.add(path)
@@ -391,14 +391,6 @@ class Rewriter:
             inputs = list(node.all_input_nodes)
             node.graph.erase_node(node)
             stack.extend(inputs)
-
-    def _fresh_name(self, name: str) -> str:
-        parts = ["".join(c if c.isalnum() else "_" for c in part) or "constant" for part in name.split(".")]
-        path, count = ".".join(parts), 0
-        while path in self._attributes or hasattr_path(self.gm, path):
-            count += 1
-            path = ".".join(parts) + f"_{count}"
-        return path
 
     def _fake(self, tensor: torch.Tensor, near: torch.fx.Node) -> Any:
         if self._fake_mode is None:

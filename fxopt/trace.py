@@ -65,9 +65,7 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     reads: list[str] = []
     try:
         with _quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
-            program = torch.export.export(
-                model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
     except FxoptError:
         raise
     except Exception as error:
@@ -80,10 +78,11 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
 def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None = None) -> Trace:
     """Return the clean graph of an exported program, parameters and buffers as attributes."""
     root = program.module(check_guards=False)
-    kinds = {name: "parameter" for name in program.graph_signature.parameters}
-    kinds |= {name: "buffer" for name in program.graph_signature.buffers}
+    kinds = dict.fromkeys(program.graph_signature.parameters, "parameter")
+    kinds |= dict.fromkeys(program.graph_signature.buffers, "buffer")
     ranges = {
-        str(symbol): (_bound(interval.lower) or 0, _bound(interval.upper)) for symbol, interval in program.range_constraints.items()
+        str(symbol): (_bound(interval.lower) or 0, _bound(interval.upper))
+        for symbol, interval in program.range_constraints.items()
     }
     graph = root.graph
     _inline_regions(root)
@@ -151,7 +150,8 @@ def _inline_regions(root: torch.fx.GraphModule) -> None:
             if active:
                 raise CaptureError(
                     describe(
-                        f"the model runs a part under torch.autocast({device!r}), which a graph of fixed precision cannot hold",
+                        f"the model runs a part under torch.autocast({device!r}), "
+                        "which a graph of fixed precision cannot hold",
                         source=node.meta.get("stack_trace", "").strip().splitlines()[-1:] or None,
                         try_="capture the model without autocast, then lower the precision with a half-precision pass",
                     )
@@ -167,7 +167,9 @@ def _inline_regions(root: torch.fx.GraphModule) -> None:
             root.graph.erase_node(body)
 
 
-def _inline(graph: torch.fx.Graph, at: torch.fx.Node, body: torch.fx.Graph, operands: list[Any], *, detach: bool) -> Any:
+def _inline(
+    graph: torch.fx.Graph, at: torch.fx.Node, body: torch.fx.Graph, operands: list[Any], *, detach: bool
+) -> Any:
     twins = dict(zip([n for n in body.nodes if n.op == "placeholder"], operands, strict=True))
     with graph.inserting_before(at):
         for node in body.nodes:
@@ -279,7 +281,7 @@ def _training_reads(model: torch.nn.Module, reads: list[str]) -> Iterator[None]:
 
 
 def user_location(error: BaseException) -> str | None:
-    """Return the user's line that raised ``error`` as ``net.py:23, in forward: y = x.foo()``; None if all frames are torch's."""
+    """Return the user's line that raised ``error`` as ``net.py:23, in forward: y = x.foo()``, or None."""
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
@@ -300,14 +302,17 @@ def _explained(error: Exception) -> CaptureError:
                 "the model's Python code branches on the value of a tensor, so that one trace cannot hold it",
                 source=where,
                 got=text.splitlines()[0][:300],
-                try_="torch.where(condition, a, b) for a choice between values, or torch.cond(condition, f, g, operands)",
+                try_="torch.where(condition, a, b) for a choice between values, "
+                "or torch.cond(condition, f, g, operands)",
             )
         )
     if "onstraints violated" in text or "specialized" in text[:600]:
         return CaptureError(
             describe(
                 "the model fixes a size that dynamic_shapes declares dynamic, or ties it to another one",
-                got="\n".join(line.strip() for line in text.splitlines() if line.strip() and "TORCH_LOGS" not in line)[:1200],
+                got="\n".join(line.strip() for line in text.splitlines() if line.strip() and "TORCH_LOGS" not in line)[
+                    :1200
+                ],
                 source=where,
                 try_="leave that axis out of dynamic_shapes, or give it the range or relation named above",
             )
@@ -319,5 +324,3 @@ def _explained(error: Exception) -> CaptureError:
             source=where,
         )
     )
-
-

@@ -1,6 +1,6 @@
 """fxopt.passes: the passes, one file each, one folder for each capability."""
 
-from fxopt.pass_base import FixedPoint, Pass
+from fxopt.pass_base import Pass
 from fxopt.passes.cleanup import (
     FoldBatchNorm,
     FoldConstants,
@@ -34,7 +34,6 @@ DEFAULT: tuple[Pass, ...] = (
 __all__ = [
     "DEFAULT",
     "PASSES",
-    "FixedPoint",
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",

@@ -1,1 +1,3 @@
 """fxopt.tools: the command line, the demo, benchmarks."""
+
+__all__: list[str] = []

@@ -13,24 +13,34 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["BadInput", "Stages", "as_bad_input", "describe_bytes", "error_text", "print_json", "stages", "stderr", "stdout"]
+__all__ = [
+    "BadInputError",
+    "Stages",
+    "as_bad_input",
+    "describe_bytes",
+    "error_text",
+    "print_json",
+    "stages",
+    "stderr",
+    "stdout",
+]
 
 FAILED, USAGE = 1, 2  # exit statuses: the work failed; the input or the command was wrong
 
 
-class BadInput(Exception):
+class BadInputError(Exception):
     """What the user asked for cannot be done as written: exit status 2."""
 
 
 @contextlib.contextmanager
 def as_bad_input(label: str = "") -> Iterator[None]:
-    """Turn the errors that wrong input raises into :class:`BadInput`, with ``label`` in front of the message."""
+    """Turn the errors that wrong input raises into :class:`BadInputError`, with ``label`` in front of the message."""
     from fxopt.errors import FxoptError
 
     try:
         yield
     except (FxoptError, ValueError, TypeError, OSError) as error:
-        raise BadInput(f"{label}: {error}" if label else str(error)) from error
+        raise BadInputError(f"{label}: {error}" if label else str(error)) from error
 
 
 def stdout() -> Console:
@@ -91,12 +101,18 @@ class Stages:
 
 @contextlib.contextmanager
 def stages(total: int, *, quiet: bool) -> Iterator[Stages]:
-    """Show a progress bar over ``total`` stages on stderr; nothing if ``quiet``, or if nobody is looking at a terminal."""
+    """Show a progress bar over ``total`` stages on stderr; nothing if ``quiet`` or where stderr is no terminal."""
     console = stderr()
     if quiet or not console.is_terminal:
         yield Stages(lambda name: None, lambda more: None)
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description:<28}"), BarColumn(bar_width=32), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
         started: list[str] = []

@@ -19,7 +19,7 @@ import torch
 
 import fxopt
 from fxopt.errors import describe
-from fxopt.tools.console import BadInput, as_bad_input
+from fxopt.tools.console import BadInputError, as_bad_input
 
 __all__ = ["load_model"]
 
@@ -30,18 +30,18 @@ _SAVED = (".pt2", ".fxopt")
 def load_model(text: str) -> Any:
     """Return the module, exported program, captured graph or function that ``text`` names.
 
-    A class is called without arguments, and so is a function that needs none: a factory. A function that needs arguments
-    is a model itself, a function of tensors. The random state is fixed before, so that weights drawn at random are the
-    same each time.
+    A class is called without arguments, and so is a function that needs none: a factory. A function that needs
+    arguments is a model itself, a function of tensors. The random state is fixed before, so that weights drawn at
+    random are the same each time.
 
     Raises:
-        BadInput: there is no such model, or making it raises.
+        BadInputError: there is no such model, or making it raises.
     """
     place, colon, name = text.rpartition(":")
     if not colon or (Path(text).exists() and not place.endswith(".py")):
         return _from_file(text)
     if not place or not name:
-        raise BadInput(describe(f"{text!r} names no model", wanted=_FORMS))
+        raise BadInputError(describe(f"{text!r} names no model", wanted=_FORMS))
     module = _module(place)
     found = _look_up(module, name, text)
     torch.manual_seed(0)
@@ -51,21 +51,31 @@ def load_model(text: str) -> Any:
 def _from_file(text: str) -> Any:
     path = Path(text)
     if path.is_dir():
-        raise BadInput(describe(f"{text} is a folder", wanted=_FORMS))
+        raise BadInputError(describe(f"{text} is a folder", wanted=_FORMS))
     if not path.exists():
         looks_like_file = path.suffix in (".py", *_SAVED) or "/" in text
-        raise BadInput(describe(f"there is no file {text}" if looks_like_file else f"{text!r} names no model", wanted=_FORMS))
+        raise BadInputError(
+            describe(f"there is no file {text}" if looks_like_file else f"{text!r} names no model", wanted=_FORMS)
+        )
     if path.suffix == ".py":
         names = ", ".join(f"{text}:{name}" for name in _names_in(path)) or None
-        raise BadInput(describe(f"{text} does not say which model", wanted=f"{text}:Name, a class or function of the file", try_=names))
+        raise BadInputError(
+            describe(
+                f"{text} does not say which model", wanted=f"{text}:Name, a class or function of the file", try_=names
+            )
+        )
     if path.suffix == ".onnx":
-        raise BadInput(describe(f"{text} is an ONNX file already, and not a torch model", wanted=_FORMS))
+        raise BadInputError(describe(f"{text} is an ONNX file already, and not a torch model", wanted=_FORMS))
     if _is_exported_program(path):
         try:
             return torch.export.load(path)
         except Exception as error:
             first = next(iter(str(error).splitlines()), "")
-            raise BadInput(f"{text} cannot be loaded by torch.export: {type(error).__name__}: {first[:200]}") from error
+            raise BadInputError(
+                f"{text} cannot be loaded by torch.export: {type(error).__name__}: {first[:200]}"
+            ) from error
+    if path.suffix == ".pt2" and not zipfile.is_zipfile(path):
+        raise BadInputError(f"{text} is no .pt2 of torch.export, or is damaged")
     with as_bad_input():
         return fxopt.load(path)
 
@@ -74,7 +84,10 @@ def _is_exported_program(path: Path) -> bool:
     """Tell a .pt2 of torch.export from a saved graph: both are zip archives, and only one names its format."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return any(name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json") for name in archive.namelist())
+            return any(
+                name.rpartition("/")[2] in ("archive_format", "serialized_exported_program.json")
+                for name in archive.namelist()
+            )
     except (zipfile.BadZipFile, OSError):
         return False
 
@@ -83,19 +96,24 @@ def _module(place: str) -> ModuleType:
     is_file = place.endswith(".py")
     path = Path(place)
     if is_file and not path.is_file():
-        raise BadInput(describe(f"there is no file {place}", wanted=_FORMS))
-    if not is_file and ("/" in place or path.exists() and path.is_file()):
-        raise BadInput(describe(f"{place} is not a Python file, so that nothing in it can be named", wanted=_FORMS))
+        raise BadInputError(describe(f"there is no file {place}", wanted=_FORMS))
+    if not is_file and ("/" in place or (path.exists() and path.is_file())):
+        raise BadInputError(
+            describe(f"{place} is not a Python file, so that nothing in it can be named", wanted=_FORMS)
+        )
     folder = str(path.resolve().parent) if is_file else str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)  # what lies beside the file can be imported, as `python net.py` allows
     try:
         return _run_file(path) if is_file else importlib.import_module(place)
     except (Exception, SystemExit) as error:
-        missing = isinstance(error, ModuleNotFoundError) and not is_file and place.startswith(str(error.name))
-        if missing:
-            raise BadInput(describe(f"there is no module {error.name!r}", wanted=_FORMS, searched=f"{folder} and the installed packages")) from error
-        raise BadInput(_explained(f"importing {place} fails", error, place)) from error
+        if isinstance(error, ModuleNotFoundError) and not is_file and place.startswith(str(error.name)):
+            raise BadInputError(
+                describe(
+                    f"there is no module {error.name!r}", wanted=_FORMS, searched=f"{folder} and the installed packages"
+                )
+            ) from error
+        raise BadInputError(_explained(f"importing {place} fails", error, place)) from error
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -123,7 +141,7 @@ def _look_up(module: ModuleType, name: str, text: str) -> Any:
             there = list(_public(found))
             close = difflib.get_close_matches(part, there, n=1)
             place = text.rpartition(":")[0]
-            raise BadInput(
+            raise BadInputError(
                 describe(
                     f"{place} has no {name!r}",
                     there_is=", ".join(there) or "nothing that can be called",
@@ -148,7 +166,11 @@ def _names_in(path: Path) -> list[str]:
         tree = ast.parse(path.read_text())
     except (SyntaxError, ValueError, OSError):
         return []
-    return [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")]
+    return [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
+    ]
 
 
 def _made(found: Any, text: str) -> Any:
@@ -157,13 +179,18 @@ def _made(found: Any, text: str) -> Any:
     if isinstance(found, models):
         return found
     if not callable(found):
-        raise BadInput(describe(f"{text} is a {type(found).__name__}, not a model", wanted="a module, its class, or a function that makes one"))
+        raise BadInputError(
+            describe(
+                f"{text} is not a model, but a value of type {type(found).__name__}",
+                wanted="a module, its class, or a function that makes one",
+            )
+        )
     is_class = isinstance(found, type)
     needed = _needed_parameters(found)
     if needed and not is_class:
         return found
     if needed:
-        raise BadInput(
+        raise BadInputError(
             describe(
                 f"{text} needs arguments: {found.__name__}{inspect.signature(found)}",
                 wanted="a class or a function that can be called without any",
@@ -174,9 +201,13 @@ def _made(found: Any, text: str) -> Any:
     try:
         made = found()
     except (Exception, SystemExit) as error:
-        raise BadInput(_explained(f"making the model fails: {text}()", error, text.rpartition(":")[0])) from error
+        raise BadInputError(_explained(f"making the model fails: {text}()", error, text.rpartition(":")[0])) from error
     if not isinstance(made, models) and not (callable(made) and not isinstance(made, type)):
-        raise BadInput(describe(f"{text}() returns a {type(made).__name__}, not a model", wanted="a torch.nn.Module"))
+        raise BadInputError(
+            describe(
+                f"{text}() makes not a model, but a value of type {type(made).__name__}", wanted="a torch.nn.Module"
+            )
+        )
     return made
 
 
@@ -195,7 +226,11 @@ def _explained(headline: str, error: BaseException, place: str) -> str:
         at = f"{Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}"
         return describe(f"{headline}: {type(error).__name__}: {error.msg}", source=at)
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if Path(frame.filename).name == Path(place).name] if place.endswith(".py") else frames[-1:]
+    own = (
+        [frame for frame in frames if Path(frame.filename).name == Path(place).name]
+        if place.endswith(".py")
+        else frames[-1:]
+    )
     frame = own[-1] if own else None
     source = f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line}" if frame else None
     first = next(iter(str(error).splitlines()), "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from fxopt.export.translations import (  # noqa: F401  (imported for the registrations)
     activations,
     attention,

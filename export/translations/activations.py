@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from fxopt.export.emitter import Emitter, Number, Value
 from fxopt.export.registry import translates
 from fxopt.export.translations.elementwise import out_dtype

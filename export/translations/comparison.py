@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dtype_of
 from fxopt.export.registry import translates
 from fxopt.export.translations.elementwise import Tensor, as_type, common_type, out_dtype

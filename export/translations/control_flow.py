@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.registry import Refused, translates

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Number, Value
 from fxopt.export.registry import NotTranslated, translates

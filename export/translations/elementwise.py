@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
+
 from fxopt.export.dtypes import promoted
 from fxopt.export.emitter import Emitter, Number, Value, dtype_of, rank
 from fxopt.export.registry import Refused, translates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of
 from fxopt.export.registry import translates
 from fxopt.export.sizes import Size, as_size, product

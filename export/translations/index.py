@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import sympy
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size, is_static, product

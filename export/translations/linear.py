@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.translations.elementwise import out_dtype
+from fxopt.export.translations.reduce import norm_value
 from fxopt.export.translations.shape import out_dims
 
 aten = torch.ops.aten
@@ -118,6 +120,21 @@ def _product(letters: Sequence[str], size: dict[str, object]) -> object:
     for letter in letters:
         total = total * size[letter]  # type: ignore[operator]  # sizes are integers or expressions
     return total
+
+
+@translates(aten.cdist.default)
+def cdist(emit: Emitter, x: Value, y: Value, p: float, compute_mode: int | None) -> Value:
+    """Norms of all differences: more accurate than the product of matrices that PyTorch may use for p = 2."""
+    left, right = dims(x), dims(y)
+    if left[:-2] != right[:-2]:
+        raise NotTranslated("the batches are broadcast")
+    gap = emit(
+        "Sub",
+        emit("Unsqueeze", x, [rank(x) - 1]),
+        emit("Unsqueeze", y, [rank(y) - 2]),
+        dims=(*left[:-1], right[-2], left[-1]),
+    )
+    return norm_value(emit, gap, p, -1, False)
 
 
 @translates(aten.bilinear.default)

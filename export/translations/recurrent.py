@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dims, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.sizes import product

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size

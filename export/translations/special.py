@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, translates
 from fxopt.export.translations.elementwise import Tensor, as_type, out_dtype, where_value

@@ -153,7 +153,8 @@ def _affine(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tens
         return None if source is None else rw.tensor(source).detach().double()
 
     mean, var = read("running_mean"), read("running_var")
-    assert mean is not None and var is not None
+    assert mean is not None
+    assert var is not None
     return scale_and_shift(read("weight"), read("bias"), mean, var, arg(norm, "eps"))
 
 
@@ -190,14 +191,21 @@ def scale_and_shift(
 
 
 def fold_after(
-    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor, *, transposed: bool, groups: int
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    transposed: bool,
+    groups: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weight and bias of the layer that equals ``scale * layer(x) + shift``.
 
     Args:
         weight: [out, in / groups, ...]; of a transposed convolution [in, out / groups, ...].
         bias: [out], or None.
-        scale, shift: float64[out].
+        scale: float64[out].
+        shift: float64[out].
         transposed: Whether the weight is that of a transposed convolution.
         groups: Number of groups; output channels are numbered group by group.
     """
@@ -220,7 +228,8 @@ def fold_before(
     Args:
         weight: [out, in / groups, ...].
         bias: [out], or None.
-        scale, shift: float64[in].
+        scale: float64[in].
+        shift: float64[in].
         groups: Number of groups.
     """
     precise = weight.detach().double().unflatten(0, (groups, -1))

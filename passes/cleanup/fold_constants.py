@@ -21,8 +21,8 @@ from fxopt.contracts import Contract
 from fxopt.effects import is_pure
 from fxopt.graph_module import graph_modules
 from fxopt.pass_base import Pass
-from fxopt.rewriter import Rewriter
 from fxopt.passes.cleanup.merge_common_subexpressions import written_attributes
+from fxopt.rewriter import Rewriter
 
 __all__ = ["FoldConstants"]
 
@@ -71,7 +71,9 @@ class FoldConstants(Pass):
 
     def _is_wanted(self, node: torch.fx.Node, known: _Known) -> bool:
         """Return whether someone who is not folded himself reads the node: the others disappear with their readers."""
-        return isinstance(known[node], torch.Tensor | int | float | bool) and any(user not in known for user in node.users)
+        return isinstance(known[node], torch.Tensor | int | float | bool) and any(
+            user not in known for user in node.users
+        )
 
     def _fold(self, rw: Rewriter, node: torch.fx.Node, known: _Known) -> None:
         result = known[node]

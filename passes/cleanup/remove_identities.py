@@ -70,7 +70,7 @@ def _dropout(rw: Rewriter, node: torch.fx.Node) -> None:
 
 def _same_type(node: torch.fx.Node, source: torch.fx.Node) -> bool:
     a, b = node.meta["val"], source.meta["val"]
-    return a.dtype == b.dtype and a.device == b.device and a.layout == b.layout
+    return bool(a.dtype == b.dtype and a.device == b.device and a.layout == b.layout)
 
 
 def _same_shape(node: torch.fx.Node, source: torch.fx.Node) -> bool:

@@ -5,8 +5,7 @@
 
 Exact for every value, NaN, infinities and subnormal numbers included, up to the sign of zero:
 x * 1, x / 1, x - 0 and x ** 1 are x in IEEE 754; x + 0 is not (-0.0 + 0 is 0.0), so it goes for integers only.
-relu(y) is y where y is never negative. clamp(clamp(x, a, b), c, d) is clamp(x, max(a, c), min(max(b, c), d)), taken only
-where the bounds do not cross, so that gradients agree too. Nothing is done where the element type would change.
+relu(y) is y where y is never negative. clamp(clamp(x, a, b), c, d) is clamp(x, max(a, c), min(b, d)), taken only where the bounds do not cross, so that gradients agree too. Nothing is done where the element type would change.
 """
 
 from __future__ import annotations
@@ -38,7 +37,14 @@ _NEVER_NEGATIVE = {
     aten.relu.default, aten.relu6.default, aten.sigmoid.default, aten.exp.default, aten.abs.default, aten.softmax.int,
     aten.hardsigmoid.default,
 }  # fmt: skip
-_IDEMPOTENT = {aten.abs.default, aten.floor.default, aten.ceil.default, aten.round.default, aten.trunc.default, aten.sign.default}
+_IDEMPOTENT = {
+    aten.abs.default,
+    aten.floor.default,
+    aten.ceil.default,
+    aten.round.default,
+    aten.trunc.default,
+    aten.sign.default,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +64,7 @@ def _same(node: torch.fx.Node, source: Any) -> bool:
     if not isinstance(source, torch.fx.Node):
         return False
     a, b = node.meta["val"], source.meta.get("val")
-    return (
-        isinstance(b, torch.Tensor) and a.dtype == b.dtype and [str(s) for s in a.shape] == [str(s) for s in b.shape]
-    )
+    return isinstance(b, torch.Tensor) and a.dtype == b.dtype and [str(s) for s in a.shape] == [str(s) for s in b.shape]
 
 
 def _neutral(rw: Rewriter, node: torch.fx.Node) -> None:
@@ -132,7 +136,8 @@ def compose_bounds(first: Bounds, second: Bounds) -> Bounds | None:
     """Return the bounds of the clamp that equals two in sequence; None if the intervals have no point in common.
 
     Args:
-        first, second: (smallest, largest) of each clamp; None is no bound.
+        first: (smallest, largest) of the inner clamp; None is no bound.
+        second: The same of the outer clamp.
     """
     lows = [low for low, _ in (first, second) if low is not None]
     highs = [high for _, high in (first, second) if high is not None]

@@ -179,9 +179,14 @@ def test_a_newer_file_says_so(tmp_path: pathlib.Path) -> None:
 def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "net.fxopt"
     path.write_text("before")
-    with pytest.raises(RuntimeError, match="half way"), atomic_file(path) as file:
-        file.write(b"after")
-        raise RuntimeError("half way")
+
+    def write_half() -> None:
+        with atomic_file(path) as file:
+            file.write(b"after")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        write_half()
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["net.fxopt"]
     with atomic_file(path) as file:

@@ -1,5 +1,6 @@
 """Files in two parts, and failures between the parts."""
 
+import importlib
 import os
 
 import onnx
@@ -77,7 +78,7 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fxopt.export.to_onnx.validate_file", interrupt)
+    monkeypatch.setattr(importlib.import_module("fxopt.export.to_onnx"), "validate_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         to_onnx(graph(), tmp_path / "net.onnx")
     assert os.listdir(tmp_path) == []

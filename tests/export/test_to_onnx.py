@@ -1,5 +1,6 @@
 """Writing a file: metadata, refusals, and nothing left behind by a failure."""
 
+import importlib
 import os
 
 import onnx
@@ -40,7 +41,7 @@ def test_a_file_is_written_validated_and_legal(tmp_path):
     assert file.validation is not None
     assert file.validation.max_abs < 1e-5
     onnx.checker.check_model(onnx.load(path), full_check=True)
-    assert str(file).startswith(f"{path}: 5 nodes")
+    assert str(file).startswith(f"{path}: 4 nodes")
 
 
 def test_metadata_of_the_model(tmp_path):
@@ -48,8 +49,12 @@ def test_metadata_of_the_model(tmp_path):
     model = onnx.load(tmp_path / "net.onnx")
     held = {entry.key: entry.value for entry in model.metadata_props}
     assert held == {
-        "fxopt.version": fxopt.__version__, "fxopt.passes": "", "fxopt.contract": "EXACT", "torch.version": torch.__version__, "owner": "me",
-    }  # fmt: skip
+        "fxopt.version": fxopt.__version__,
+        "fxopt.passes": "",
+        "fxopt.contract": "EXACT",
+        "torch.version": torch.__version__,
+        "owner": "me",
+    }
     assert (model.producer_name, model.producer_version) == ("fxopt", fxopt.__version__)
 
 
@@ -100,7 +105,7 @@ def test_a_buffer_that_is_written_in_evaluation_is_refused():
             self.count.add_(1)
             return x + self.count
 
-    with pytest.raises(fxopt.ExportError, match="buffer|train mode"):
+    with pytest.raises(fxopt.ExportError, match=r"buffer|train mode"):
         to_onnx(captured(Counting(), torch.randn(3, 4)))
 
 
@@ -111,7 +116,7 @@ def test_counters_that_rest_in_evaluation_are_ignored():
 @pytest.mark.parametrize("path", ["missing/net.onnx", "."])
 def test_unwritable_paths_are_refused_before_any_work(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fxopt.export.to_onnx.translate", None)  # must not be reached
+    monkeypatch.setattr(importlib.import_module("fxopt.export.to_onnx"), "translate", None)  # must not be reached
     with pytest.raises(fxopt.ExportError, match="cannot write"):
         to_onnx(graph(), path)
     assert os.listdir(tmp_path) == []

@@ -65,7 +65,7 @@ def test_shapes_carry_the_users_dimension_names():
     graph = to_onnx(gm).model.graph
     assert str(graph.inputs[0].shape) == "[batch,4]"
     assert str(graph.outputs[0].shape) == "[batch,3]"
-    assert str(list(graph)[0].outputs[0].shape) == "[batch,8]"
+    assert str(next(iter(graph)).outputs[0].shape) == "[batch,8]"
 
 
 def test_expressions_of_dimensions_are_readable():
@@ -151,7 +151,10 @@ def test_an_unknown_operator_is_named_with_its_line():
         to_onnx(captured(lambda x: torch.linalg.svdvals(x) + 1, torch.randn(3, 3), dynamic=False))
     message = str(caught.value)
     assert "has no ONNX translation" in message
-    assert "tried   no translation is registered; torchlib has no function for it; PyTorch has no decomposition of it" in message
+    assert (
+        "tried   no translation is registered; torchlib has no function for it; PyTorch has no decomposition of it"
+        in message
+    )
     assert "try     register one with @fxopt.export.translates(torch.ops.aten." in message
     assert "node    " in message
     assert "source  " in message
@@ -164,7 +167,7 @@ def test_other_peoples_operators():
         library.impl("scaled_relu", lambda x, scale: torch.empty_like(x), "Meta")
         operator = torch.ops.fxopt_test.scaled_relu.default
 
-        with pytest.raises(fxopt.ExportError, match="fxopt_test.scaled_relu.default has no ONNX translation"):
+        with pytest.raises(fxopt.ExportError, match=r"fxopt_test\.scaled_relu\.default has no ONNX translation"):
             to_onnx(captured(lambda x: operator(x, 3.0), torch.randn(3, 4)))
 
         @translates(operator)
@@ -174,7 +177,7 @@ def test_other_peoples_operators():
         file = prove(lambda x: operator(x, 3.0), torch.randn(3, 4))
         assert op_types(file) == ["Relu", "Mul"]
 
-        with pytest.raises(ValueError, match="is translated by .*scaled_relu already; pass replace=True"):
+        with pytest.raises(ValueError, match=r"is translated by .*scaled_relu already; pass replace=True"):
             translates(operator)(scaled_relu)
         with pytest.raises(TypeError, match="cannot translate fxopt_test::scaled_relu"):
             translates(operator, replace=True)(lambda emit, x: x)

@@ -1,4 +1,4 @@
-"""The validator has teeth: each kind of wrong model is refused, with a message that says what, where and what to try."""
+"""The validator has teeth: each kind of wrong model is refused, saying what, where, and what to try."""
 
 import pytest
 import torch
@@ -66,7 +66,13 @@ def test_the_right_value_is_accepted():
     report = to_onnx(graph()).validation
     assert report.contract == "ROUNDING"
     assert report.notes == []
-    assert {result.case for result in report.results} == {"sample 0", "other values", "batch = 1", "batch = 2", "batch = 5"}
+    assert {result.case for result in report.results} == {
+        "sample 0",
+        "other values",
+        "batch = 1",
+        "batch = 2",
+        "batch = 5",
+    }
     assert {result.optimization for result in report.results} == {"none", "all"}
 
 
@@ -94,7 +100,7 @@ def _renamed(gm, **changes):
 
 def test_another_element_type_is_refused():
     wrong = to_onnx(captured(lambda x: (x.double(), x.sum()), torch.randn(3, 6)))
-    with pytest.raises(fxopt.NumericsError, match="dtype changed from torch.float32 to torch.float64"):
+    with pytest.raises(fxopt.NumericsError, match=r"dtype changed from torch\.float32 to torch\.float64"):
         validate(wrong, captured(lambda x: (x * 1, x.sum()), torch.randn(3, 6)))
 
 
@@ -160,7 +166,9 @@ def test_what_the_graph_cannot_run_is_noted():
         def forward(self, x, index):
             return x[index]
 
-    gm = fxopt.capture(Picky(), (torch.randn(5, 2), torch.tensor([4, 0, 1])), dynamic_shapes={"x": {0: "rows"}, "index": None})
+    gm = fxopt.capture(
+        Picky(), (torch.randn(5, 2), torch.tensor([4, 0, 1])), dynamic_shapes={"x": {0: "rows"}, "index": None}
+    )
     report = to_onnx(gm).validation
     assert any(note.startswith("not compared on rows = 1: the graph itself cannot run it") for note in report.notes)
 
@@ -169,11 +177,32 @@ def test_report_as_text_and_as_dictionary():
     report = to_onnx(graph()).validation
     text = str(report).splitlines()
     assert text[0] == "contract ROUNDING, 10 runs, worst of all:"
-    assert text[1].split() == ["output", "ORT", "optimizer", "max", "abs", "max", "rel", "SQNR", "dB", "cosine", "top-1"]
+    assert text[1].split() == [
+        "output",
+        "ORT",
+        "optimizer",
+        "max",
+        "abs",
+        "max",
+        "rel",
+        "SQNR",
+        "dB",
+        "cosine",
+        "top-1",
+    ]
     assert [line.split()[:2] for line in text[2:]] == [["y", "none"], ["count", "none"], ["y", "all"], ["count", "all"]]
     plain = report.to_dict()
     assert len(plain["results"]) == 20
-    assert set(plain["results"][0]) >= {"output", "case", "optimization", "max_abs", "max_rel", "sqnr_db", "cosine", "top1_agreement"}
+    assert set(plain["results"][0]) >= {
+        "output",
+        "case",
+        "optimization",
+        "max_abs",
+        "max_rel",
+        "sqnr_db",
+        "cosine",
+        "top1_agreement",
+    }
     import json
 
     assert json.loads(json.dumps(plain)) == plain
@@ -183,7 +212,10 @@ def test_approximations_of_ort_are_not_taken_for_errors():
     """ORT's sigmoid is accurate to its range, not to its value: 3e-8 off at 2e-4."""
     to_onnx(captured(lambda x: torch.sigmoid(x - 9), torch.rand(3, 4)))
     with pytest.raises(fxopt.NumericsError):
-        validate(to_onnx(captured(lambda x: torch.sigmoid(x - 9) + 1e-5, torch.rand(3, 4))), captured(lambda x: torch.sigmoid(x - 9), torch.rand(3, 4)))
+        validate(
+            to_onnx(captured(lambda x: torch.sigmoid(x - 9) + 1e-5, torch.rand(3, 4))),
+            captured(lambda x: torch.sigmoid(x - 9), torch.rand(3, 4)),
+        )
 
 
 def test_buffers_and_random_state_are_left_alone():

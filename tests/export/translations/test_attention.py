@@ -51,7 +51,9 @@ def test_grouped_heads():
 
 def test_dynamic_length_of_a_causal_mask():
     prove(
-        lambda q, k: F.scaled_dot_product_attention(q.transpose(0, 2), k.transpose(0, 2), k.transpose(0, 2), is_causal=True),
+        lambda q, k: F.scaled_dot_product_attention(
+            q.transpose(0, 2), k.transpose(0, 2), k.transpose(0, 2), is_causal=True
+        ),
         torch.randn(5, 4, 2, 8),
         torch.randn(5, 4, 2, 8),
     )

@@ -13,10 +13,21 @@ pytestmark = pytest.mark.ort
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("options", [
-    {}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": 2}, {"groups": 2}, {"padding": "same"}, {"padding": "same", "dilation": 3},
-    {"padding": "valid", "stride": 2}, {"bias": False, "padding": "same", "groups": 4}, {"padding": 1, "padding_mode": "reflect"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"dilation": 2, "padding": 2},
+        {"groups": 2},
+        {"padding": "same"},
+        {"padding": "same", "dilation": 3},
+        {"padding": "valid", "stride": 2},
+        {"bias": False, "padding": "same", "groups": 4},
+        {"padding": 1, "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
 def test_conv(rank, options):
     layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 8, 3, **options)
     prove(layer, torch.randn(3, 4, *(9, 8, 7)[:rank]))
@@ -55,11 +66,18 @@ SIZES = {1: (11,), 2: (11, 8), 3: (7, 8, 6)}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("options", [
-    {"kernel_size": 3}, {"kernel_size": 3, "stride": 2, "padding": 1}, {"kernel_size": 3, "stride": 2, "ceil_mode": True},
-    {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True}, {"kernel_size": 2, "dilation": 2, "stride": 1},
-    {"kernel_size": 3, "stride": 3, "dilation": 2, "padding": 1, "ceil_mode": True},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 3},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "stride": 2, "ceil_mode": True},
+        {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True},
+        {"kernel_size": 2, "dilation": 2, "stride": 1},
+        {"kernel_size": 3, "stride": 3, "dilation": 2, "padding": 1, "ceil_mode": True},
+    ],
+    ids=str,
+)
 def test_max_pool(rank, options):
     layer = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](**options)
     prove(layer, torch.randn(3, 4, *SIZES[rank]) - 5)

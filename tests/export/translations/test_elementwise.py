@@ -11,25 +11,48 @@ from tests.export.proof import INF, NAN, integers, op_types, prove
 pytestmark = pytest.mark.ort
 
 SPECIAL = torch.tensor([[NAN, INF, -INF, 0.0], [-0.0, 1.5, -2.5, 3e-5], [1.0, -1.0, 0.5, -0.5]])
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 
 def sample(dtype: torch.dtype) -> Tensor:
     if dtype.is_floating_point:
         return torch.randn(3, 4).to(dtype)
-    return integers(3, 4, low=0 if dtype in (torch.uint8, torch.bool) else -5, high=2 if dtype is torch.bool else 7, dtype=dtype)
+    return integers(
+        3, 4, low=0 if dtype in (torch.uint8, torch.bool) else -5, high=2 if dtype is torch.bool else 7, dtype=dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("function", [operator.add, operator.mul, torch.maximum, torch.minimum, operator.eq, operator.lt, operator.ge])
+@pytest.mark.parametrize(
+    "function", [operator.add, operator.mul, torch.maximum, torch.minimum, operator.eq, operator.lt, operator.ge]
+)
 def test_binary_in_every_type(function, dtype):
     prove(lambda x, y: function(x, y), sample(dtype), sample(dtype))
 
 
-@pytest.mark.parametrize(("left", "right"), [
-    (torch.int64, torch.float32), (torch.int32, torch.int64), (torch.uint8, torch.int8), (torch.bool, torch.int16),
-    (torch.float16, torch.float32), (torch.bool, torch.float32), (torch.int64, torch.float16), (torch.float32, torch.float64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (torch.int64, torch.float32),
+        (torch.int32, torch.int64),
+        (torch.uint8, torch.int8),
+        (torch.bool, torch.int16),
+        (torch.float16, torch.float32),
+        (torch.bool, torch.float32),
+        (torch.int64, torch.float16),
+        (torch.float32, torch.float64),
+    ],
+)
 @pytest.mark.parametrize("function", [torch.add, torch.mul, torch.div, torch.eq, torch.gt, torch.pow])
 def test_mixed_types_are_promoted(function, left, right):
     x, y = sample(left), sample(right).abs() if function is torch.pow and right is not torch.bool else sample(right)
@@ -84,10 +107,33 @@ def test_remainders_take_the_right_sign(function, dtype):
 
 
 UNARY = [
-    torch.abs, torch.neg, torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.sin, torch.cos, torch.floor, torch.ceil, torch.round,
-    torch.trunc, torch.sign, torch.square, torch.reciprocal, torch.erf, torch.atan, torch.isnan, torch.isinf, torch.isfinite,
-    torch.logical_not, torch.nan_to_num, torch.expm1, torch.frac, torch.exp2, torch.sinc,
-]  # fmt: skip
+    torch.abs,
+    torch.neg,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    torch.exp,
+    torch.sin,
+    torch.cos,
+    torch.floor,
+    torch.ceil,
+    torch.round,
+    torch.trunc,
+    torch.sign,
+    torch.square,
+    torch.reciprocal,
+    torch.erf,
+    torch.atan,
+    torch.isnan,
+    torch.isinf,
+    torch.isfinite,
+    torch.logical_not,
+    torch.nan_to_num,
+    torch.expm1,
+    torch.frac,
+    torch.exp2,
+    torch.sinc,
+]
 
 
 @pytest.mark.parametrize("function", UNARY, ids=lambda f: f.__name__)
@@ -96,10 +142,29 @@ def test_unary_keeps_nan_and_infinity(function):
     prove(lambda x: function(x), x)
 
 
-@pytest.mark.parametrize("function", [
-    torch.sigmoid, torch.exp, torch.sqrt, torch.log, torch.sin, torch.reciprocal, torch.rsqrt, torch.log2, torch.log10, torch.log1p,
-    torch.expm1, torch.square, torch.sign, torch.abs, torch.neg, torch.floor, torch.deg2rad, torch.angle,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        torch.sigmoid,
+        torch.exp,
+        torch.sqrt,
+        torch.log,
+        torch.sin,
+        torch.reciprocal,
+        torch.rsqrt,
+        torch.log2,
+        torch.log10,
+        torch.log1p,
+        torch.expm1,
+        torch.square,
+        torch.sign,
+        torch.abs,
+        torch.neg,
+        torch.floor,
+        torch.deg2rad,
+        torch.angle,
+    ],
+)
 def test_unary_of_integers(function):
     prove(lambda x: function(x), integers(3, 4, low=1, high=6))
 
@@ -161,7 +226,9 @@ def test_masked_fill(dtype):
 
 
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("target", [torch.float32, torch.float16, torch.int64, torch.int32, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    "target", [torch.float32, torch.float16, torch.int64, torch.int32, torch.bool, torch.uint8], ids=str
+)
 def test_casts(source, target):
     x = sample(source)
     if target is torch.uint8 and source is not torch.bool:
@@ -169,7 +236,9 @@ def test_casts(source, target):
     prove(lambda x: x.to(target), x)
 
 
-@pytest.mark.parametrize("function", [torch.atan2, torch.hypot, torch.copysign, torch.fmax, torch.fmin, torch.logaddexp, torch.xlogy])
+@pytest.mark.parametrize(
+    "function", [torch.atan2, torch.hypot, torch.copysign, torch.fmax, torch.fmin, torch.logaddexp, torch.xlogy]
+)
 def test_functions_of_two_numbers(function):
     x = torch.randn(3, 4).abs() if function is torch.xlogy else torch.randn(3, 4)
     y = torch.rand(3, 4) + 0.1 if function is torch.xlogy else torch.randn(3, 4)

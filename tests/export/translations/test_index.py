@@ -76,7 +76,12 @@ def test_writing(name):
 @pytest.mark.parametrize("include_self", [True, False])
 def test_scatter_reduce(reduce, include_self):
     index = torch.tensor([0, 0, 2, 1])
-    prove(lambda x: x.scatter_reduce(1, index[None, :, None].expand(x.shape[0], 4, 5), x * 2, reduce, include_self=include_self), X)
+    prove(
+        lambda x: x.scatter_reduce(
+            1, index[None, :, None].expand(x.shape[0], 4, 5), x * 2, reduce, include_self=include_self
+        ),
+        X,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.int8], ids=str)
@@ -137,4 +142,8 @@ def test_bags_with_weights_and_last_offset():
         scale,
         dynamic=False,
     )
-    prove(lambda i, s: F.embedding_bag(i, WEIGHT, mode="sum", per_sample_weights=s), integers(3, 4, low=0, high=10), torch.randn(3, 4))
+    prove(
+        lambda i, s: F.embedding_bag(i, WEIGHT, mode="sum", per_sample_weights=s),
+        integers(3, 4, low=0, high=10),
+        torch.randn(3, 4),
+    )

@@ -31,9 +31,18 @@ def test_linear_of_more_axes_stores_the_weight_transposed():
     assert held.const_value.metadata_props["fxopt.stored"] == "permuted by [1, 0]"
 
 
-@pytest.mark.parametrize(("left", "right"), [
-    ((3, 4), (4, 5)), ((3, 2, 4), (3, 4, 5)), ((3, 2, 4), (4, 5)), ((3, 1, 2, 4), (6, 4, 5)), ((3, 4), (4,)), ((4,), (4, 5)), ((4,), (4,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ((3, 4), (4, 5)),
+        ((3, 2, 4), (3, 4, 5)),
+        ((3, 2, 4), (4, 5)),
+        ((3, 1, 2, 4), (6, 4, 5)),
+        ((3, 4), (4,)),
+        ((4,), (4, 5)),
+        ((4,), (4,)),
+    ],
+)
 def test_matmul(left, right):
     prove(lambda x, y: x @ y, torch.randn(left), torch.randn(right), dynamic=False)
 
@@ -45,7 +54,13 @@ def test_matmul_of_integers():
 
 @pytest.mark.parametrize(("beta", "alpha"), [(1, 1), (0.5, 2.0), (0, 1)])
 def test_addmm_and_baddbmm(beta, alpha):
-    prove(lambda b, x, y: torch.addmm(b, x, y, beta=beta, alpha=alpha), torch.randn(5), torch.randn(3, 4), torch.randn(4, 5), dynamic=False)
+    prove(
+        lambda b, x, y: torch.addmm(b, x, y, beta=beta, alpha=alpha),
+        torch.randn(5),
+        torch.randn(3, 4),
+        torch.randn(4, 5),
+        dynamic=False,
+    )
     prove(
         lambda b, x, y: torch.baddbmm(b, x, y, beta=beta, alpha=alpha),
         torch.randn(3, 1, 5),

@@ -12,7 +12,12 @@ from tests.export.proof import captured, op_types, prove
 
 pytestmark = pytest.mark.ort
 
-LAYERS = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k)}
+LAYERS = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn_tanh": nn.RNN,
+    "rnn_relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k),
+}
 
 
 @pytest.mark.parametrize("kind", LAYERS)

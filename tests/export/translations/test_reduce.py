@@ -68,7 +68,20 @@ CASES = {
     "nanmean": lambda x: torch.where(x > 1, math.nan, x).nanmean((0, 1)),
     "diff": lambda x: x.diff(dim=1),
 }
-EXACT_TYPES = ["sum", "sum_dim", "prod", "amax", "max_dim", "argmax", "any_of_numbers", "cumsum", "topk", "sort", "count_nonzero", "median_dim"]
+EXACT_TYPES = [
+    "sum",
+    "sum_dim",
+    "prod",
+    "amax",
+    "max_dim",
+    "argmax",
+    "any_of_numbers",
+    "cumsum",
+    "topk",
+    "sort",
+    "count_nonzero",
+    "median_dim",
+]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,7 +106,9 @@ def test_reduction_before_opset_20(name):
     prove(lambda x: CASES[name](x), X, opset=18)
 
 
-@pytest.mark.parametrize("function", [torch.sum, torch.mean, torch.amax, torch.max, torch.argmax, torch.prod, torch.any])
+@pytest.mark.parametrize(
+    "function", [torch.sum, torch.mean, torch.amax, torch.max, torch.argmax, torch.prod, torch.any]
+)
 def test_reduction_of_a_tensor_without_axes(function):
     prove(lambda x: function(x), torch.tensor(2.5))
 

@@ -33,7 +33,9 @@ def test_bicubic(size, align_corners):
 @pytest.mark.parametrize("recompute", [True, False])
 def test_a_fractional_factor(recompute):
     prove(
-        lambda x: F.interpolate(x, scale_factor=1.7, mode="bilinear", recompute_scale_factor=recompute, align_corners=False),
+        lambda x: F.interpolate(
+            x, scale_factor=1.7, mode="bilinear", recompute_scale_factor=recompute, align_corners=False
+        ),
         torch.randn(SHAPES[2]),
     )
 
@@ -44,15 +46,19 @@ def test_antialiased(mode, size):
     prove(lambda x: F.interpolate(x, size, mode=mode, antialias=True), torch.randn(SHAPES[2]))
 
 
-@pytest.mark.parametrize(("mode", "padding", "align_corners"),
-                         list(itertools.product(("bilinear", "nearest"), ("zeros", "border", "reflection"), (False, True))))  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "padding", "align_corners"),
+    list(itertools.product(("bilinear", "nearest"), ("zeros", "border", "reflection"), (False, True))),
+)
 def test_grid_sample(mode, padding, align_corners):
     grid = torch.rand(3, 4, 6, 2) * 2.4 - 1.2
     prove(lambda x, g: F.grid_sample(x, g, mode, padding, align_corners), torch.randn(SHAPES[2]), grid)
 
 
 def test_grid_sample_before_opset_20():
-    prove(lambda x, g: F.grid_sample(x, g, align_corners=False), torch.randn(SHAPES[2]), torch.rand(3, 4, 6, 2), opset=18)
+    prove(
+        lambda x, g: F.grid_sample(x, g, align_corners=False), torch.randn(SHAPES[2]), torch.rand(3, 4, 6, 2), opset=18
+    )
 
 
 def test_affine_grid():

@@ -103,7 +103,9 @@ def test_view(name):
     prove(lambda x: CASES[name](x), X)
 
 
-@pytest.mark.parametrize("name", ["view_merge_dynamic", "flatten", "unbind", "cat_negative", "pad", "roll", "select_last", "expand"])
+@pytest.mark.parametrize(
+    "name", ["view_merge_dynamic", "flatten", "unbind", "cat_negative", "pad", "roll", "select_last", "expand"]
+)
 def test_view_of_other_types(name):
     prove(lambda x: CASES[name](x), integers(3, 4, 6))
     prove(lambda x: CASES[name](x), X > 0)
@@ -116,14 +118,36 @@ def test_pixel_shuffle_both_ways():
 
 
 def test_two_dynamic_sizes():
-    prove(lambda x, y: torch.cat([x.expand(y.shape[0], -1, -1).transpose(0, 1).reshape(x.shape[0], -1), x.flatten(1)], 1),
-          torch.randn(1, 2, 3), torch.randn(4, 2), dynamic=False)  # fmt: skip
+    prove(
+        lambda x, y: torch.cat([x.expand(y.shape[0], -1, -1).transpose(0, 1).reshape(x.shape[0], -1), x.flatten(1)], 1),
+        torch.randn(1, 2, 3),
+        torch.randn(4, 2),
+        dynamic=False,
+    )
 
 
-@pytest.mark.parametrize("name", [
-    "view", "view_infer", "view_split", "flatten", "flatten_all", "unflatten", "expand_as", "chunk", "split", "slice", "pad", "roll",
-    "select_last", "cat_dynamic", "repeat", "movedim", "slice_negative",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "view",
+        "view_infer",
+        "view_split",
+        "flatten",
+        "flatten_all",
+        "unflatten",
+        "expand_as",
+        "chunk",
+        "split",
+        "slice",
+        "pad",
+        "roll",
+        "select_last",
+        "cat_dynamic",
+        "repeat",
+        "movedim",
+        "slice_negative",
+    ],
+)
 def test_known_sizes_need_no_arithmetic(name):
     types = op_types(prove(lambda x: CASES[name](x), X))
     assert not {"Shape", "Range", "Mul", "Gather"} & set(types) or name == "select_last"

@@ -1,0 +1,202 @@
+"""The command line as people and scripts use it."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import onnx
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fxopt
+from fxopt.export import Session
+from fxopt.passes import DEFAULT, PASSES
+from fxopt.tools.cli import app
+from tests.tools.bad_inputs import inside
+
+pytestmark = pytest.mark.ort
+
+NET = """
+import torch
+from torch import nn
+
+print("a greeting")
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, image):
+        return self.drop(self.norm(self.conv(image))).relu()
+
+def double(x):
+    return x * 2
+"""
+INPUTS = ("--inputs", "f32[batch,3,8,8]")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    made = tmp_path_factory.mktemp("cli")
+    (made / "models.py").write_text(NET)
+    return made
+
+
+def fxopt_command(folder, *arguments) -> tuple[int, str, str]:
+    with inside(folder):
+        result = CliRunner().invoke(app, list(arguments), prog_name="fxopt")
+    return result.exit_code, result.stdout, result.stderr
+
+
+def document(text: str) -> dict:
+    """Read exactly one JSON document without NaN or infinities."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+@pytest.fixture(scope="module")
+def optimized(folder) -> dict:
+    status, stdout, stderr = fxopt_command(folder, "optimize", "models.py:Net", *INPUTS, "-o", "net.onnx", "--json")
+    assert status == 0, stderr
+    return document(stdout)
+
+
+def test_optimize_writes_what_it_tells(folder, optimized):
+    model = onnx.load(folder / "net.onnx")
+    assert optimized["inputs"] == [{"name": "image", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
+    assert [value.name for value in model.graph.output] == optimized["outputs"]
+    assert model.opset_import[0].version == optimized["opset"] == 20
+    assert optimized["bytes"] == (folder / "net.onnx").stat().st_size
+    assert [step["name"] for step in optimized["report"]["steps"]] == [one.spec() for one in DEFAULT]
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert optimized["validation"]["results"]
+    assert optimized["validation"]["max_abs"] < 1e-5
+
+
+def test_written_file_computes_the_model_for_any_batch(folder, optimized):
+    space: dict = {}
+    torch.manual_seed(0)
+    exec(compile(NET, "models.py", "exec"), space)
+    torch.manual_seed(0)  # as the command line does before it makes the model
+    net = space["Net"]().eval()
+    image = torch.randn(5, 3, 8, 8)
+    (got,) = Session(folder / "net.onnx").run([image])
+    torch.testing.assert_close(got, net(image), rtol=1e-5, atol=1e-6)
+
+
+def test_optimize_for_people(folder):
+    arguments = ("models.py:Net", *INPUTS, "-o", "people.onnx", "-p", "fold-batch-norm", "--opset", "18")
+    status, stdout, stderr = fxopt_command(folder, "optimize", *arguments, "--check", "samples", "--strict")
+    assert status == 0
+    assert stderr == "a greeting\n"  # what the user's file prints never mixes with the result
+    assert "fold-batch-norm  changed" in stdout
+    assert "wrote people.onnx" in stdout
+    assert "ONNX Runtime agrees" in stdout
+    assert onnx.load(folder / "people.onnx").opset_import[0].version == 18
+
+
+def test_no_validate_leaves_the_proof_out(folder):
+    arguments = ("optimize", "models.py:double", "--inputs", "f32[n]", "-o", "f.onnx", "--no-validate", "--json")
+    status, stdout, _ = fxopt_command(folder, *arguments)
+    assert status == 0
+    assert document(stdout)["validation"] is None
+    assert Session(folder / "f.onnx").run([torch.tensor([1.0, 3.0])])[0].tolist() == [2, 6]
+
+
+def test_graph_file_in_and_out(folder):
+    status, _, stderr = fxopt_command(folder, "optimize", "models.py:Net", *INPUTS, "-o", "net.fxopt", "-p", "")
+    assert status == 0, stderr
+    assert [spec.shape for spec in fxopt.load(folder / "net.fxopt").inputs] == [("batch", 3, 8, 8)]
+    status, stdout, stderr = fxopt_command(folder, "optimize", "net.fxopt", "-o", "again.onnx", "--json")
+    assert status == 0, stderr
+    assert document(stdout)["inputs"][0]["shape"] == ["batch", 3, 8, 8]
+
+
+def test_train_keeps_the_graph_trainable(folder):
+    arguments = ("models.py:Net", *INPUTS, "-o", "train.fxopt", "-p", "remove-dead-code", "--train")
+    status, _, stderr = fxopt_command(folder, "optimize", *arguments)
+    assert status == 0, stderr
+    gm = fxopt.load(folder / "train.fxopt")
+    assert gm.training
+    image = torch.randn(64, 3, 8, 8)
+    before = gm.get_buffer("norm.running_mean").clone()
+    dropped = (gm(image) == 0).float().mean()
+    assert dropped > 0.7  # half by dropout, half of the rest by relu
+    assert not torch.equal(gm.get_buffer("norm.running_mean"), before)
+
+
+def test_exported_program_brings_its_own_inputs(folder):
+    program = torch.export.export(torch.nn.Linear(3, 2).eval(), (torch.randn(4, 3),))
+    torch.export.save(program, folder / "linear.pt2")
+    status, stdout, stderr = fxopt_command(folder, "optimize", "linear.pt2", "-o", "linear.onnx", "--json")
+    assert status == 0, stderr
+    assert document(stdout)["inputs"][0]["shape"] == [4, 3]
+
+
+def test_inputs_from_a_file_with_a_dynamic_axis(folder):
+    torch.save(torch.randn(2, 3, 8, 8), folder / "images.pt")
+    arguments = ("models.py:Net", "--inputs", "images.pt", "--dynamic", "0:0=count", "-o", "file.onnx", "--json")
+    status, stdout, stderr = fxopt_command(folder, "optimize", *arguments)
+    assert status == 0, stderr
+    assert document(stdout)["inputs"][0]["shape"] == ["count", 3, 8, 8]
+
+
+def test_validate_agrees_with_the_model(folder, optimized):
+    arguments = ("validate", "net.onnx", "--against", "models.py:Net", *INPUTS)
+    status, stdout, stderr = fxopt_command(folder, *arguments, "--json")
+    assert status == 0, stderr
+    found = document(stdout)
+    assert found["ok"] is True
+    assert {row["optimization"] for row in found["validation"]["results"]} == {"none", "all"}
+    assert len({row["case"] for row in found["validation"]["results"]}) >= 3
+    status, stdout, _ = fxopt_command(folder, *arguments)
+    assert status == 0
+    assert stdout.startswith("net.onnx agrees with models.py:Net")
+
+
+def test_passes_lists_all_with_options(folder):
+    status, stdout, _ = fxopt_command(folder, "passes", "--json")
+    rows = {row["name"]: row for row in document(stdout)["passes"]}
+    assert status == 0
+    assert {item.name for item in PASSES} <= set(rows)
+    assert rows["fold-batch-norm"]["contract"] == "ROUNDING"
+    assert rows["fold-constants"]["options"]["parameters"] is False
+    assert all(row["summary"] for row in rows.values())
+    status, stdout, _ = fxopt_command(folder, "passes")
+    assert status == 0
+    assert all(item.name in stdout for item in PASSES)
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_demo_passes_folder_and_status_on(folder, monkeypatch, status):
+    given = []
+    monkeypatch.setattr("fxopt.tools.demo.run", lambda output: given.append(output) or status)
+    assert fxopt_command(folder, "demo", "--output", "there")[0] == status
+    assert given == [pathlib.Path("there")]
+
+
+def test_unexpected_error_is_one_line_and_status_1(folder, monkeypatch):
+    def fail(*arguments, **options):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("fxopt.tools.cli.to_onnx", fail)
+    status, stdout, stderr = fxopt_command(folder, "optimize", "models.py:Net", *INPUTS, "-o", "bug.onnx")
+    assert (status, stdout) == (1, "")
+    assert "fxopt failed unexpectedly: ZeroDivisionError: a bug" in stderr
+    assert "Traceback" not in stderr
+    assert not (folder / "bug.onnx").exists()
+
+
+def test_module_runs_as_a_program(folder):
+    command = [sys.executable, "-m", "fxopt.tools.cli"]
+    shown = subprocess.run([*command, "--version"], cwd=folder, capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stdout.strip()) == (0, f"fxopt {fxopt.__version__}")
+    wrong = subprocess.run(
+        [*command, "optimize", "no.py:N", "-o", "o.onnx"], cwd=folder, capture_output=True, text=True
+    )
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: there is no file no.py")
