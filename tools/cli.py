@@ -17,7 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -228,7 +228,7 @@ def passes(json: _Json = False, debug: _Debug = False) -> None:
         return
     widths = [max(len(str(row[key])) for row in rows) for key in ("name", "contract")]
     for row in rows:
-        options = ", ".join(f"{key}={value}" for key, value in dict(row["options"]).items())
+        options = ", ".join(f"{key}={value}" for key, value in cast(dict[str, object], row["options"]).items())
         mark = "*" if row["default"] else " "
         print(f"{mark} {row['name']:<{widths[0]}}  {row['contract']:<{widths[1]}}  {row['summary']}")
         if options:

@@ -5,7 +5,8 @@
 
 Exact for every value, NaN, infinities and subnormal numbers included, up to the sign of zero:
 x * 1, x / 1, x - 0 and x ** 1 are x in IEEE 754; x + 0 is not (-0.0 + 0 is 0.0), so it goes for integers only.
-relu(y) is y where y is never negative. clamp(clamp(x, a, b), c, d) is clamp(x, max(a, c), min(b, d)), taken only where the bounds do not cross, so that gradients agree too. Nothing is done where the element type would change.
+relu(y) is y where y is never negative. clamp(clamp(x, a, b), c, d) is clamp(x, max(a, c), min(b, d)), taken only
+where the bounds do not cross, so that gradients agree too. Nothing is done where the element type would change.
 """
 
 from __future__ import annotations

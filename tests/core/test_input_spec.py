@@ -146,7 +146,7 @@ def test_inputs_that_do_not_fit_the_parameters():
     ],
 )
 def test_error_points_at_the_place(text, message, column):
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=r".") as caught:
         parse_inputs(text)
     lines = str(caught.value).splitlines()
     assert message in lines[0]
