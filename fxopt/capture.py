@@ -203,7 +203,7 @@ def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes:
                 valid = "both"
             except (CaptureError, Unmergeable) as error:
                 reason = f"tracing it in {there} mode gave: {error}"
-    gm = _assemble(found, tensors, samples)
+    gm = _assemble(found, tensors, samples, persistent=set(model.state_dict()))
     gm.modes, gm.modes_reason = valid, reason  # type: ignore[assignment]  # one of the three texts, by its origin
     gm.training = model.training
     return gm
@@ -245,9 +245,10 @@ def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _assemble(found: Trace, tensors: dict[str, torch.Tensor], samples: tuple[Sample, ...]) -> CapturedModule:
+def _assemble(
+    found: Trace, tensors: dict[str, torch.Tensor], samples: tuple[Sample, ...], *, persistent: set[str]
+) -> CapturedModule:
     root = torch.nn.Module()
-    persistent = {name for name in tensors if not isinstance(tensors[name], torch.nn.Parameter)}
     for name, tensor in tensors.items():
         attach(root, name, tensor, persistent=name in persistent)
     for name, tensor in found.constants.items():
@@ -322,7 +323,7 @@ def _from_program(program: torch.export.ExportedProgram, example_inputs: Any) ->
         samples = _samples(example_inputs)
     found = unlift(program)
     tensors = dict(program.state_dict)
-    gm = _assemble(found, tensors, samples)
+    gm = _assemble(found, tensors, samples, persistent=set(tensors))
     training = [node for node in found.graph.nodes if node.op == "call_function" and _trains(node)]
     gm.modes = "train" if training else "eval"
     gm.modes_reason = "an exported program holds the mode it was exported in; capture the module itself for both"

@@ -292,6 +292,9 @@ class Functionalizer:
     def _check_writable(self, base: torch.fx.Node, at: torch.fx.Node) -> None:
         if base.op == "placeholder":
             raise self.refusal(at, f"it writes into the model's input {base.name!r}, and the caller would see that")
+        hidden = at.meta.get("without_gradients") and not base.meta.get("without_gradients")
+        if hidden and base.op == "call_function" and base.meta["val"].is_floating_point():
+            raise self.refusal(at, f"it writes without gradients into {base.name!r}, which gradients flow through")
         if base.op == "get_attr" and self.kinds.get(str(base.target)) == "parameter":
             raise self.refusal(at, f"it writes into the parameter {base.target!r}, which only an optimizer may")
         if base.op == "get_attr" and self.kinds.get(str(base.target)) != "buffer":

@@ -165,6 +165,7 @@ def _inline_regions(root: torch.fx.GraphModule) -> None:
         _replace_results(root.graph, node, results)
         if not body.users:
             root.graph.erase_node(body)
+            delattr(root, str(body.target))
 
 
 def _inline(
@@ -176,7 +177,12 @@ def _inline(
             if node.op == "output":
                 results = torch.fx.map_arg(node.args[0], lambda old: twins[old])
             elif node.op != "placeholder":
-                twins[node] = graph.node_copy(node, lambda old: twins[old])
+                twin = twins[node] = graph.node_copy(node, lambda old: twins[old])
+                twin.meta["without_gradients"] = detach
+                if isinstance(twin.target, torch._ops.OpOverload):
+                    # The body was traced on its own: only now do its views share memory with the values around it.
+                    with torch.no_grad():
+                        twin.meta["val"] = fake_call(twin.target, twin.args, twin.kwargs)
         if not detach:
             return results
         return torch.fx.map_arg(results, lambda result: _detached(graph, result))

@@ -213,7 +213,7 @@ def validate(
 def passes(json: _Json = False, debug: _Debug = False) -> None:
     """List the passes: name, contract, options, what each does."""
     with _reported(as_json=json, debug=debug):
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "name": name,
                 "contract": str(item.contract),

@@ -1,19 +1,24 @@
 """The command line as people and scripts use it."""
 
+import dataclasses
+import io
 import json
 import pathlib
 import subprocess
 import sys
+from typing import ClassVar
 
 import onnx
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fxopt
 from fxopt.export import Session
 from fxopt.passes import DEFAULT, PASSES
 from fxopt.tools.cli import app
+from fxopt.tools.console import stages
 from tests.tools.bad_inputs import inside
 
 pytestmark = pytest.mark.ort
@@ -189,6 +194,56 @@ def test_unexpected_error_is_one_line_and_status_1(folder, monkeypatch):
     assert "fxopt failed unexpectedly: ZeroDivisionError: a bug" in stderr
     assert "Traceback" not in stderr
     assert not (folder / "bug.onnx").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Negates(fxopt.Pass):
+    """Replace relu by something else, which is wrong."""
+
+    name: ClassVar[str] = "negates"
+
+    def run(self, rw: fxopt.Rewriter) -> None:
+        for node in rw.calls(torch.ops.aten.relu.default):
+            rw.replace_call(node, torch.ops.aten.neg.default, node.args, why="a seeded mistake")
+
+
+def test_wrong_pass_is_undone_or_with_strict_ends_the_work(folder, monkeypatch):
+    monkeypatch.setattr("fxopt.registry.known_passes", lambda: {"negates": Negates})
+    arguments = ("optimize", "models.py:Net", *INPUTS, "-p", "negates", "-o", "undone.onnx")
+    status, stdout, stderr = fxopt_command(folder, *arguments, "--strict")
+    assert (status, stdout) == (1, "")
+    assert "negates breaks its contract EXACT" in stderr
+    assert not (folder / "undone.onnx").exists()
+    status, stdout, stderr = fxopt_command(folder, *arguments)
+    assert status == 0, stderr
+    assert "negates  rolled back" in stdout
+    assert "Neg" not in {node.op_type for node in onnx.load(folder / "undone.onnx").graph.node}
+
+
+def test_model_of_a_package(folder):
+    (folder / "nets" / "small").mkdir(parents=True)
+    (folder / "nets" / "small" / "halves.py").write_text(
+        "class Group:\n    @staticmethod\n    def half(x): return x / 2\n"
+    )
+    try:
+        arguments = ("optimize", "nets.small.halves:Group.half", "--inputs", "f32[n]", "-o", "half.onnx")
+        status, _, stderr = fxopt_command(folder, *arguments)
+    finally:
+        for name in ("nets", "nets.small", "nets.small.halves"):
+            sys.modules.pop(name, None)
+    assert status == 0, stderr
+    assert Session(folder / "half.onnx").run([torch.tensor([1.0, 3.0])])[0].tolist() == [0.5, 1.5]
+
+
+@pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
+def test_progress_is_for_terminals_only(monkeypatch, terminal, quiet):
+    file = io.StringIO()
+    monkeypatch.setattr("fxopt.tools.console.stderr", lambda: Console(file=file, force_terminal=terminal))
+    with stages(2, quiet=quiet) as progress:
+        progress.extend(1)
+        for name in ("load", "capture", "write"):
+            progress.begin(name)
+    assert ("write" in file.getvalue(), "2/3" in file.getvalue()) == (terminal and not quiet,) * 2
 
 
 def test_module_runs_as_a_program(folder):
