@@ -44,13 +44,14 @@ def test_unsaved_buffer_stays_unsaved() -> None:
 
 
 def test_hidden_write_into_a_differentiable_value_is_refused() -> None:
-    def function(x: torch.Tensor) -> torch.Tensor:
-        y = x * 2
-        with torch.no_grad():
-            y[:, 0] = 1
-        return y
+    class HiddenWrite(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            with torch.no_grad():
+                y[:, 0] = 1
+            return y
 
     with pytest.raises(fxopt.CaptureError, match="writes without gradients into 'mul'") as caught:
-        fxopt.capture(function, torch.randn(3, 4))
+        fxopt.capture(HiddenWrite(), torch.randn(3, 4))
     assert "test_regions.py" in str(caught.value)
     assert "y[:, 0] = 1" in str(caught.value)
