@@ -13,7 +13,7 @@ ORDER = ["EXACT", "TRAINING", "ROUNDING", "LOSSY"]
 CONTRACTS = [Contract.EXACT, Contract.TRAINING, Contract.ROUNDING, Contract.lossy("sqnr_db", 30.0)]
 
 
-@pytest.mark.parametrize(("first", "second"), list(itertools.product(CONTRACTS, CONTRACTS)), ids=str)
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(CONTRACTS, CONTRACTS)))
 def test_the_weaker_kind_holds_after_both(first: Contract, second: Contract) -> None:
     joined = first.then(second)
     assert joined.kind == ORDER[max(ORDER.index(first.kind), ORDER.index(second.kind))]

@@ -61,7 +61,7 @@ def returns_new_module(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return torch.fx.GraphModule(gm, gm.graph)
 
 
-@pytest.mark.parametrize("item", [TorchPass(), returns_graph, returns_nothing, returns_new_module], ids=str)
+@pytest.mark.parametrize("item", [TorchPass(), returns_graph, returns_nothing, returns_new_module])
 def test_foreign_passes_are_taken_over(gm: fxopt.CapturedModule, item: Any) -> None:
     before = fingerprint(gm)
     out = fxopt.PassManager([item], strict=True).run(gm)

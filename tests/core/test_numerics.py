@@ -76,7 +76,7 @@ def test_top1_agreement_counts_rows_and_lets_ties_agree() -> None:
     assert measure(want, got).top1_agreement == 0.5
 
 
-@pytest.mark.parametrize("contract", [Contract.EXACT, Contract.ROUNDING, Contract.lossy("sqnr_db", 10)], ids=str)
+@pytest.mark.parametrize("contract", [Contract.EXACT, Contract.ROUNDING, Contract.lossy("sqnr_db", 10)])
 def test_every_contract_sees_shape_dtype_and_nan(contract: Contract) -> None:
     want = torch.tensor([1.0, -2.0])
     assert violation(contract, want, want.clone()) is None

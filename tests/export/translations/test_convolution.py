@@ -56,7 +56,7 @@ def test_conv_of_a_dynamic_image():
 @pytest.mark.parametrize("options", [
     {}, {"stride": 2}, {"stride": 2, "padding": 1, "output_padding": 1}, {"dilation": 2}, {"groups": 2, "bias": False},
     {"stride": 2, "dilation": 3, "padding": 1, "output_padding": 2},
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_conv_transpose(rank, options):
     layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1](4, 6, 3, **options)
     prove(layer, torch.randn(3, 4, *(5, 4, 3)[:rank]))
@@ -94,7 +94,7 @@ AVERAGES = [
 ]
 
 
-@pytest.mark.parametrize("options", AVERAGES, ids=str)
+@pytest.mark.parametrize("options", AVERAGES)
 @pytest.mark.parametrize("rank", [1, 2])
 def test_average_pool(rank, options):
     prove((nn.AvgPool1d, nn.AvgPool2d)[rank - 1](**options), torch.randn(3, 4, *SIZES[rank]))
@@ -106,7 +106,7 @@ def test_average_pool_with_a_divisor_of_its_own():
     prove(nn.AvgPool3d(2, ceil_mode=True), torch.randn(3, 4, 5, 6, 7))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, (None, 2), (5, 1), (9, 8)], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, (None, 2), (5, 1), (9, 8)])
 @pytest.mark.parametrize("layer", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
 def test_adaptive_pool(layer, size):
     prove(layer(size), torch.randn(3, 4, 9, 8))

@@ -32,7 +32,7 @@ def sample(dtype: torch.dtype) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "function", [operator.add, operator.mul, torch.maximum, torch.minimum, operator.eq, operator.lt, operator.ge]
 )
@@ -85,7 +85,7 @@ def test_alpha_scales_the_second_operand():
 
 
 @pytest.mark.parametrize("mode", ["floor", "trunc", None])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.float32, torch.float64])
 def test_division_rounds_as_asked(mode, dtype):
     x = torch.tensor([7, -7, 7, -7, 6, -6, 1, 0], dtype=dtype)
     y = torch.tensor([2, 2, -2, -2, 3, 3, -5, 4], dtype=dtype)
@@ -99,7 +99,7 @@ def test_floor_division_of_fractions_is_exact():
 
 
 @pytest.mark.parametrize("function", [torch.remainder, torch.fmod])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
 def test_remainders_take_the_right_sign(function, dtype):
     x = torch.tensor([7, -7, 7, -7, 6, 0], dtype=dtype)
     y = torch.tensor([3, 3, -3, -3, 2, 5], dtype=dtype)
@@ -198,7 +198,7 @@ def test_powers_of_numbers_and_integers():
     prove(lambda x, y: x**y, integers(3, 4, low=1), integers(3, 4, low=0, high=4))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.int8])
 @pytest.mark.parametrize("function", [torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor])
 def test_bitwise(function, dtype):
     prove(lambda x, y: function(x, y), sample(dtype), sample(dtype))
@@ -209,7 +209,7 @@ def test_logic_of_numbers(function):
     prove(lambda x, y: function(x, y), integers(3, 4, low=0, high=2), torch.randn(3, 4).relu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_where_in_every_type(dtype):
     prove(lambda c, x, y: torch.where(c, x, y), sample(torch.bool), sample(dtype), sample(dtype))
 
@@ -220,12 +220,12 @@ def test_where_promotes_and_takes_numbers():
     prove(lambda c, x: torch.where(c, 1, x), sample(torch.bool), sample(torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.int8])
 def test_masked_fill(dtype):
     prove(lambda x, m: x.masked_fill(m, 1), sample(dtype), sample(torch.bool))
 
 
-@pytest.mark.parametrize("source", DTYPES, ids=str)
+@pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize(
     "target", [torch.float32, torch.float16, torch.int64, torch.int32, torch.bool, torch.uint8], ids=str
 )

@@ -84,7 +84,7 @@ def test_scatter_reduce(reduce, include_self):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.int8])
 def test_indexing_of_other_types(dtype):
     x = integers(3, 4, 5, low=0, high=2).to(dtype)
     for name in ("two", "mask", "mask_rows", "gather", "with_range"):
