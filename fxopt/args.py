@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ __all__ = [
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _LIBRARY = re.compile(r"[/\\](site-packages|dist-packages|lib[/\\]python3[^/\\]*)[/\\]")
+_CORE = str(Path(__file__).parent)
 _DTYPE_TEXT = {
     torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.bool: "bool",
     torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8",
@@ -148,7 +150,7 @@ def source_location(node: torch.fx.Node) -> tuple[str, int, str] | None:
         (found["file"], int(found["line"]), found["function"].strip())
         for found in _FRAME.finditer(node.meta.get("stack_trace") or "")
     ]
-    own = [frame for frame in frames if not _LIBRARY.search(frame[0])]
+    own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and not frame[0].startswith(_CORE)]
     known = own or frames
     return known[-1] if known else None
 

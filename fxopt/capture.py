@@ -14,6 +14,7 @@ from fxopt.args import dtype, shape_text, size_text, source_line
 from fxopt.attributes import attach
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
 from fxopt.errors import CaptureError, describe
+from fxopt.function_module import as_module
 from fxopt.graph_module import CapturedModule, InputSpec
 from fxopt.modes import Unmergeable, merge_modes
 from fxopt.numerics import measure
@@ -51,12 +52,13 @@ def capture(
     if modes not in ("both", "current"):
         raise ValueError(f"modes is {modes!r}; wanted 'both' or 'current'")
     if isinstance(model, CapturedModule):
-        return model.clone()
+        return _recaptured(model, example_inputs, dynamic_shapes)
     if isinstance(model, torch.export.ExportedProgram):
         return _from_program(model, example_inputs)
-    module = _as_module(model)
+    module = as_module(model)
     samples = _samples(example_inputs)
     for sample in samples:
+        bind_arguments(module.forward, sample)
         _check_leaves(sample)
     _check_parameters(module)
     if dynamic_shapes is None and len(samples) > 1:
@@ -69,22 +71,22 @@ def capture(
     return gm
 
 
-def _as_module(model: Any) -> torch.nn.Module:
-    if isinstance(model, torch.nn.Module):
-        return model
-    if callable(model) and not isinstance(model, type):
-        return _Function(model)
-    hint = f"; pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
-    raise TypeError(f"model is {model!r}; wanted a module, a GraphModule, an ExportedProgram or a function{hint}")
-
-
-class _Function(torch.nn.Module):
-    """A plain function, as a module without parameters."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-        self.forward = function
+def _recaptured(gm: CapturedModule, example_inputs: Any, dynamic_shapes: Any) -> CapturedModule:
+    """Return a copy of a captured graph, with other samples if given: its sizes are what they are."""
+    if dynamic_shapes is not None:
+        raise CaptureError(
+            describe(
+                "dynamic_shapes cannot be given for a graph that is captured already",
+                got=", ".join(map(str, gm.inputs)),
+                try_="capture the model itself again",
+            )
+        )
+    copy = gm.clone()
+    if example_inputs is not None:
+        copy.samples = _samples(example_inputs)
+        for sample in copy.samples:
+            copy.flatten_inputs(*sample.args, **sample.kwargs)
+    return copy
 
 
 def _samples(example_inputs: Any) -> tuple[Sample, ...]:

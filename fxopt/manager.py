@@ -22,6 +22,7 @@ from fxopt.report import Report, RolledBack, Step
 __all__ = ["PassManager", "check_order"]
 
 log = logging.getLogger("fxopt")
+log.addHandler(logging.NullHandler())  # the report tells the same; whoever wants it in the log adds a handler
 
 
 class PassManager:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.contracts import METRICS, Contract
 
-__all__ = ["Errors", "Reference", "measure", "reference", "run_float64", "violation"]
+__all__ = ["Errors", "Reference", "measure", "reference", "run_float64", "surely_rounding", "violation"]
 
 _FLOOR_EPS = 4.0
 _WIDER = {
@@ -188,6 +188,19 @@ def _noise(output: Any, precise: Any) -> float:
     measured = measure(precise[finite].to(_WIDER.get(output.dtype, output.dtype)), output[finite]).max_abs
     scale = float(precise[finite].abs().max())
     return max(measured, _FLOOR_EPS * torch.finfo(output.dtype).eps * scale)
+
+
+def surely_rounding(want: torch.Tensor, got: torch.Tensor, factor: float) -> bool:
+    """Return whether the ROUNDING bound holds whatever a float64 run would say, which is what takes time.
+
+    The bound is ``factor * n`` with ``n >= 4 eps max|y|``, and the error against float64 is at most that against
+    ``want`` plus n. So an error of ``(factor - 1) * 4 eps max|y|`` against ``want`` is small enough; a little less is
+    asked for, since ``want`` stands in for the float64 values.
+    """
+    if not want.is_floating_point() or want.shape != got.shape or want.dtype != got.dtype or want.numel() == 0:
+        return False
+    largest = float(want.detach().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max())
+    return measure(want, got).max_abs <= (factor - 1) * 0.97 * _FLOOR_EPS * torch.finfo(want.dtype).eps * largest
 
 
 def violation(contract: Contract, want: Any, got: Any, precise: Any = None, noise: float = 0.0) -> str | None:

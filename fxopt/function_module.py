@@ -1,0 +1,42 @@
+"""Take functions for modules, so that what captures a module captures a function too."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["as_module"]
+
+
+def as_module(model: Any) -> torch.nn.Module:
+    """Return the module that ``model`` is, or one whose forward is the function ``model``.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, torch.nn.Module):
+        return model
+    if callable(model) and not isinstance(model, type):
+        return _Function(model)
+    hint = f"; pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
+    raise TypeError(f"model is {model!r}; wanted a module, a GraphModule, an ExportedProgram or a function{hint}")
+
+
+class _Function(torch.nn.Module):
+    """A plain function, as a module without parameters."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = _called_forward(function) if isinstance(function, types.FunctionType) else function
+
+
+def _called_forward(function: types.FunctionType) -> types.FunctionType:
+    """Return the same function with code called ``forward``: torch keeps the source lines of such frames alone."""
+    code = function.__code__.replace(co_name="forward")
+    twin = types.FunctionType(code, function.__globals__, "forward", function.__defaults__, function.__closure__)
+    twin.__kwdefaults__ = function.__kwdefaults__
+    twin.__annotations__ = function.__annotations__
+    return twin
