@@ -124,12 +124,13 @@ def _check_leaves(sample: Sample) -> None:
 
 
 def _check_parameters(model: torch.nn.Module) -> None:
-    for name, tensor in model.named_parameters():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         broken = int(tensor.detach().isnan().sum()) if tensor.is_floating_point() and not tensor.is_meta else 0
         if broken:
+            kind = "parameter" if isinstance(tensor, torch.nn.Parameter) else "buffer"
             raise CaptureError(
                 describe(
-                    f"parameter {name!r} holds NaN, so that no rewrite of the model can be judged",
+                    f"{kind} {name!r} holds NaN, so that no rewrite of the model can be judged",
                     got=f"{broken} of {tensor.numel()} elements of {shape_text(tensor)}",
                     try_="load a checkpoint from before the training diverged",
                 )
@@ -242,9 +243,13 @@ def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return every parameter and buffer of the model by name, shared ones under each of their names."""
-    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))
+    """Return every parameter and buffer by name, shared ones under each of their names, in the order of state_dict."""
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                found[f"{path}.{name}" if path else name] = tensor
+    return found
 
 
 def _assemble(
@@ -260,12 +265,9 @@ def _assemble(
             branch = getattr(found.root, str(node.target))
             root.add_module(str(node.target), branch)
     gm = CapturedModule(root, found.graph)
-    for name, child in root.named_children():
-        gm.add_module(name, child)
-    for name, parameter in root.named_parameters(recurse=False):
-        gm.register_parameter(name, parameter)
-    for name, buffer in root.named_buffers(recurse=False):
-        gm.register_buffer(name, buffer, persistent=name not in root._non_persistent_buffers_set)
+    # GraphModule copies what the graph reads, in the order of reading; the model's own order, and all of it, is wanted.
+    for table in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        gm.__dict__[table] = root.__dict__[table]
     _describe_interface(gm, found, samples)
     return gm
 

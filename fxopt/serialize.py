@@ -159,7 +159,14 @@ def _read(file: Any, name: str) -> CapturedModule:
         )
     if content["version"] > VERSION:
         raise FileFormatError(f"{name} has format {content['version']}; this fxopt reads up to {VERSION}. Update fxopt")
-    return _rebuild(content)
+    try:
+        return _rebuild(content)
+    except FileFormatError:
+        raise
+    except Exception as error:  # the archive is whole, and what it holds does not fit together
+        raise FileFormatError(
+            describe(f"{name} is damaged", got=f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+        ) from error
 
 
 def _rebuild(content: dict[str, Any]) -> CapturedModule:

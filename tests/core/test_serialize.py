@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -232,3 +233,16 @@ def test_buffers_go_on_counting(tmp_path: pathlib.Path) -> None:
     back(*net.example().args)
     assert int(back.get_buffer("calls")) == 5
     assert int(gm.get_buffer("calls")) == 4
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda text: text[:-20], lambda text: text.replace("aten::", "aten::no_such_"), lambda text: "{}"]
+)
+def test_damaged_header_is_named(tmp_path: pathlib.Path, spoil: Callable[[str], str]) -> None:
+    path = tmp_path / "graph.fxopt"
+    fxopt.save(fxopt.capture(torch.nn.Linear(2, 2), torch.ones(1, 2)), path)
+    content = torch.load(path, weights_only=True)
+    content["header"] = spoil(content["header"])
+    torch.save(content, path)
+    with pytest.raises(fxopt.FileFormatError, match=r"graph\.fxopt is damaged|no_such_linear"):
+        fxopt.load(path)
