@@ -193,7 +193,20 @@ def mul(emit: Emitter, x: Tensor, y: Tensor) -> Value:
     dtype = out_dtype(emit)
     if dtype is torch.bool:
         return emit("And", as_type(emit, x, dtype), as_type(emit, y, dtype))
-    return emit("Mul", as_type(emit, x, dtype), as_type(emit, y, dtype))
+    left, right = as_type(emit, x, dtype), as_type(emit, y, dtype)
+    for value, factor in ((left, right), (right, left)):
+        if (root := _inverse_root(factor)) is not None:  # one rounding less, and the form in which ORT finds RMS norms
+            return emit("Div", value, root)
+    return emit("Mul", left, right)
+
+
+def _inverse_root(value: Value) -> Value | None:
+    """Return the square root of which ``value`` is the reciprocal, if it is one."""
+    reciprocal = value.producer()
+    if reciprocal is None or reciprocal.op_type != "Reciprocal" or reciprocal.inputs[0] is None:
+        return None
+    root = reciprocal.inputs[0].producer()
+    return reciprocal.inputs[0] if root is not None and root.op_type == "Sqrt" else None
 
 
 @translates(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, aten.divide.Tensor)

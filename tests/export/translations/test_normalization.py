@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxopt.export import optimized_model
 from tests.export.proof import op_types, prove
 
 pytestmark = pytest.mark.ort
@@ -61,6 +62,14 @@ def test_group_norm(rank, options):
 def test_instance_norm(rank, options):
     layer = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)[rank - 1](4, **options)
     prove(settled(layer), torch.randn(3, 4, *(5, 4, 3)[:rank]))
+
+
+def test_rms_norm_written_by_hand_is_what_ort_fuses():
+    weight = torch.rand(5) + 0.5
+    file = prove(lambda x: weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), torch.randn(3, 4, 5))
+    assert op_types(file) == ["Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
+    fused = [node.op_type for node in optimized_model(file.to_bytes()).graph]
+    assert fused == ["SimplifiedLayerNormalization"]
 
 
 def test_local_response_norm():
