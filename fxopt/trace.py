@@ -316,9 +316,7 @@ def _explained(error: Exception) -> CaptureError:
         return CaptureError(
             describe(
                 "the model fixes a size that dynamic_shapes declares dynamic, or ties it to another one",
-                got="\n".join(line.strip() for line in text.splitlines() if line.strip() and "TORCH_LOGS" not in line)[
-                    :1200
-                ],
+                got=_constraints(text),
                 source=where,
                 try_="leave that axis out of dynamic_shapes, or give it the range or relation named above",
             )
@@ -330,3 +328,10 @@ def _explained(error: Exception) -> CaptureError:
             source=where,
         )
     )
+
+
+def _constraints(text: str) -> str:
+    """Return what torch says of the dynamic sizes, without its advice on options that fxopt does not have."""
+    told = text.partition("The error above occurred")[0]
+    lines = [line.partition(" If you're using mark_dynamic")[0].strip() for line in told.splitlines()]
+    return "\n".join(line for line in lines if line and "TORCH_LOGS" not in line)[:1200]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,9 +26,8 @@ __all__ = [
     "stages",
     "stderr",
     "stdout",
+    "users_code",
 ]
-
-FAILED, USAGE = 1, 2  # exit statuses: the work failed; the input or the command was wrong
 
 
 class BadInputError(Exception):
@@ -41,6 +43,25 @@ def as_bad_input(label: str = "") -> Iterator[None]:
         yield
     except (FxoptError, ValueError, TypeError, OSError) as error:
         raise BadInputError(f"{label}: {error}" if label else str(error)) from error
+
+
+@contextlib.contextmanager
+def users_code(*, debug: bool) -> Iterator[None]:
+    """Run what may be the user's code: what it prints goes to stderr, and it cannot end the program.
+
+    Raises:
+        BadInputError: it calls ``sys.exit``, which would look like success.
+    """
+    logging.getLogger("fxopt").addHandler(logging.NullHandler())  # the report tells what the log would
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")
+            yield
+    except SystemExit as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{frame.filename.rpartition('/')[2]}:{frame.lineno}, in {frame.name}: {frame.line}"
+        raise BadInputError(f"the model ends the program: SystemExit: {error}\n  source  {where}") from error
 
 
 def stdout() -> Console:

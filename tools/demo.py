@@ -23,6 +23,7 @@ from fxopt.errors import FxoptError
 from fxopt.export import OnnxFile, Session, to_onnx, validate
 from fxopt.tools.console import describe_bytes, error_text, stderr, stdout
 from fxopt.tools.demo_net import Digits, DigitsNet, accuracy, load_digits, train
+from fxopt.tools.tables import print_report
 
 __all__ = ["main", "run"]
 
@@ -101,7 +102,10 @@ def _show(folder: Path, model: DigitsNet, digits: Digits) -> None:
         wanted = model(digits.test_images)
     proof = validate(after.path, captured, inputs=[example, (digits.test_images,)])
 
-    print(f"\nWhat the passes did:\n{optimized.report}\n")
+    assert optimized.report is not None
+    print("\nWhat the passes did:")
+    print_report(optimized.report)
+    print()
     stdout().print(_table(before, after, wanted, digits))
     print(
         f"\nORT against the graph before any pass, contract {proof.contract}: kept in all {proof.runs} runs.\n"

@@ -117,19 +117,17 @@ def _module(place: str) -> ModuleType:
 
 
 def _run_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # A file called like a module that somebody imports, say random.py, must not take its place.
+    name = path.stem if path.stem not in {*sys.modules, *sys.stdlib_module_names} else f"model_in_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        if before is None:
-            del sys.modules[path.stem]
-        else:
-            sys.modules[path.stem] = before
+        del sys.modules[name]
         raise
     return module
 
@@ -234,4 +232,12 @@ def _explained(headline: str, error: BaseException, place: str) -> str:
     frame = own[-1] if own else None
     source = f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line}" if frame else None
     first = next(iter(str(error).splitlines()), "")
-    return describe(f"{headline}: {type(error).__name__}: {first[:300]}", source=source)
+    path = Path(place)
+    relative = place.endswith(".py") and "relative import" in first
+    return describe(
+        f"{headline}: {type(error).__name__}: {first[:300]}",
+        source=source,
+        try_=f"{path.parent.name}.{path.stem}:NAME from the folder above, since the file is part of a package"
+        if relative
+        else None,
+    )

@@ -75,6 +75,22 @@ def broken():
         net.linear.weight[1, 2] = float("nan")
     return net
 
+class Exits(Net):
+    def forward(self, x):
+        raise SystemExit(0)
+
+class Nothing(Net):
+    def forward(self, x):
+        self.linear(x)
+
+class Diverged(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((3,), float("nan")))
+
+def of_width(width):
+    return Net()
+
 def raising_factory():
     raise KeyError("weights.bin")
 
@@ -128,7 +144,7 @@ BAD_INPUTS = (
     BadInput("no inputs", "optimize models.py:Net -o out.onnx", USAGE, "the model needs example inputs"),
     BadInput("too many inputs", f"{_NET} 'f32[batch,4]; f32[batch,4]'", USAGE, "too many positional arguments"),
     BadInput("too few inputs", f"optimize models.py:TwoInputs {_OK}", USAGE, "missing a required argument"),
-    BadInput("input of another name", f"{_NET} 'image=f32[batch,4]'", USAGE, "keywords image"),
+    BadInput("input of another name", f"{_NET} 'image=f32[batch,4]'", USAGE, "0 without a name, image"),
     BadInput("missing file of inputs", f"{_NET} nowhere.npy", USAGE, "there is no file nowhere.npy"),
     BadInput("damaged file of inputs", f"{_NET} damaged.npz", USAGE, "damaged.npz is not a file of numpy arrays"),
     BadInput("file of inputs with an empty batch", f"{_NET} empty.pt", USAGE, "holds no element"),
@@ -152,9 +168,19 @@ BAD_INPUTS = (
     BadInput("file that exits", f"optimize exits.py:Net {_OK}", USAGE, "importing exits.py fails: SystemExit"),
     BadInput("model that raises", f"optimize models.py:Raises {_OK}", USAGE, "the tank is empty"),
     BadInput("output that is no tensor", f"optimize models.py:Text {_OK}", USAGE, "neither a tensor nor a number"),
+    BadInput(
+        "output that is nothing", f"optimize models.py:Nothing {_OK}", USAGE, "models.py:Nothing returns no tensor"
+    ),
+    BadInput("model that exits", f"optimize models.py:Exits {_OK}", USAGE, "the model ends the program: SystemExit: 0"),
+    BadInput("factory that needs arguments", f"optimize models.py:of_width {_OK}", USAGE, "models.py:of_width needs"),
+    BadInput(
+        "file of a package", f"optimize package/net.py:Net {_OK}", USAGE, "package.net:NAME from the folder above"
+    ),
+    BadInput("model of an unknown format", f"optimize weights.bin {_OK}", USAGE, "weights.bin is not a saved graph"),
+    BadInput("buffer of NaN", f"optimize models.py:Diverged {_OK}", USAGE, "buffer 'mean' holds NaN"),
     BadInput("weights of NaN", f"optimize models.py:broken {_OK}", USAGE, "'linear.weight' holds NaN"),
     BadInput("branch on data", f"optimize models.py:Branch {_OK}", USAGE, "branches on the value of a tensor"),
-    BadInput("dynamic size that the model fixes", f"optimize models.py:Fixed {_OK}", USAGE, "the model fixes a size"),
+    BadInput("dynamic size that the model fixes", f"optimize models.py:Fixed {_OK}", USAGE, "batch = 2"),
     BadInput(
         "write into an input", f"optimize models.py:WritesInput {_OK}", USAGE, "writes into the model's input 'x'"
     ),
@@ -198,13 +224,13 @@ BAD_INPUTS = (
         USAGE,
         "are not closed",
     ),
-    BadInput("misspelt option", f"optimize models.py:Net --opest 20 {_OK}", USAGE, "--opest"),
+    BadInput("misspelt option", f"optimize models.py:Net --opest 20 {_OK}", USAGE, "No such option: --opest"),
     BadInput("option without a value", f"optimize models.py:Net {_OK} --opset", USAGE, "--opset"),
     BadInput("opset that is no number", f"optimize models.py:Net {_OK} --opset new", USAGE, "--opset"),
     BadInput("opset too old", f"optimize models.py:Net {_OK} --opset 9", USAGE, "opset 9 cannot be written"),
     BadInput("unknown kind of check", f"optimize models.py:Net {_OK} --check most", USAGE, "most"),
     BadInput("ONNX file in train mode", f"optimize models.py:Net {_OK} --train", USAGE, "which only evaluates"),
-    BadInput("unknown command", "optimise models.py:Net", USAGE, "optimise"),
+    BadInput("unknown command", "optimise models.py:Net", USAGE, "Did you mean 'optimize'?"),
     # the output
     BadInput("no output", "optimize models.py:Net --inputs 'f32[batch,4]'", USAGE, "-o"),
     BadInput("unknown format", f"{_NET} 'f32[batch,4]' -o out.tflite", USAGE, "cannot tell the format of out.tflite"),
@@ -236,7 +262,10 @@ def prepare(folder: pathlib.Path) -> None:
     (folder / "syntax.py").write_text("class Net(:\n    pass\n")
     (folder / "imports.py").write_text("import no_such_package\n")
     (folder / "exits.py").write_text("raise SystemExit(3)\n")
+    (folder / "package").mkdir()
+    (folder / "package" / "net.py").write_text("from .layers import Net\n")
     (folder / "text.onnx").write_text("no protobuf")
+    (folder / "weights.bin").write_bytes(bytes(range(256)))
     (folder / "folder.onnx").mkdir()
     for name in ("damaged.npz", "damaged.fxopt", "damaged.pt2"):
         (folder / name).write_bytes(b"PK\x03\x04 cut off")
@@ -261,7 +290,7 @@ def inside(folder: pathlib.Path) -> Iterator[None]:
     finally:
         os.chdir(before)
         sys.path[:] = path
-        for name in {"models", "syntax", "imports", "exits"} & (set(sys.modules) - modules):
+        for name in {"models", "net", "syntax", "imports", "exits"} & (set(sys.modules) - modules):
             del sys.modules[name]
 
 

@@ -37,7 +37,8 @@ def test_bad_input_gets_one_readable_error(case: BadInput, folder):
     assert case.message in stderr
     assert "Traceback" not in stderr
     assert "unexpectedly" not in stderr
-    assert len(re.findall(r"^error: |^Error: ", stderr, re.MULTILINE | re.IGNORECASE)) == 1
+    assert stderr.startswith("error: ")
+    assert len(re.findall(r"^error: ", stderr, re.MULTILINE | re.IGNORECASE)) == 1
     assert len(stderr.splitlines()) <= 15
     assert files(folder) == before
 
@@ -64,6 +65,14 @@ def test_json_tells_the_error_too(folder):
     assert (status, told["ok"], told["status"]) == (2, False, 2)
     assert "the tank is empty" in told["error"]
     assert "the tank is empty" in stderr
+
+
+@pytest.mark.parametrize("command", ["optimize models.py:Net --opest 20 --json", "optimise --json", "optimize --json"])
+def test_json_tells_a_wrong_command_too(command, folder):
+    status, stdout, stderr = run(BadInput("", command, 2, ""), folder)
+    told = json.loads(stdout)
+    assert (status, told["ok"], told["status"]) == (2, False, 2)
+    assert stderr.startswith("error: " + told["error"].splitlines()[0])
 
 
 def test_debug_shows_the_traceback(folder):

@@ -235,6 +235,75 @@ def test_model_of_a_package(folder):
     assert Session(folder / "half.onnx").run([torch.tensor([1.0, 3.0])])[0].tolist() == [0.5, 1.5]
 
 
+def test_impossible_order_of_passes_is_refused_before_the_model_is_loaded(folder, monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Ends(Negates):
+        name: ClassVar[str] = "ends"
+        ends: ClassVar[frozenset[str]] = frozenset({"no-relu"})
+
+    @dataclasses.dataclass(frozen=True)
+    class Needs(Negates):
+        name: ClassVar[str] = "needs"
+        needs: ClassVar[frozenset[str]] = frozenset({"no-relu"})
+
+    monkeypatch.setattr("fxopt.registry.known_passes", lambda: {"ends": Ends, "needs": Needs})
+    arguments = ("optimize", "models.py:Net", *INPUTS, "-p", "ends,needs", "-o", "order.onnx")
+    status, stdout, stderr = fxopt_command(folder, *arguments)
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith(
+        "error: needs (step 2) needs 'no-relu', but ends (step 1) ended it; move needs before step 1"
+    )
+    assert not (folder / "order.onnx").exists()
+
+
+def test_named_inputs_of_a_saved_graph_may_come_in_any_order(folder):
+    (folder / "two.py").write_text("def add(ids, mask): return ids.float() + mask\n")
+    spec = "ids=i64[n,4]; mask=f32[n,1]"
+    status, _, stderr = fxopt_command(folder, "optimize", "two.py:add", "--inputs", spec, "-o", "two.fxopt")
+    assert status == 0, stderr
+    other = "mask=f32[n=3,1]; ids=i64[n,4]"
+    status, stdout, stderr = fxopt_command(
+        folder, "optimize", "two.fxopt", "--inputs", other, "-o", "two.onnx", "--json"
+    )
+    assert status == 0, stderr
+    assert [entry["shape"] for entry in document(stdout)["inputs"]] == [["n", 4], ["n", 1]]
+    fixed = "mask=f32[n=3,one=1]; ids=i64[n,4]"
+    status, _, stderr = fxopt_command(folder, "optimize", "two.fxopt", "--inputs", fixed, "-o", "two.onnx")
+    assert status == 2
+    assert "axis 1 of input 'mask' is fixed in the saved model" in stderr
+
+
+def test_file_called_like_a_module_of_python_hides_nothing(folder):
+    import random
+
+    (folder / "random.py").write_text("def half(x): return x / 2\n")
+    try:
+        arguments = ("optimize", "random.py:half", "--inputs", "f32[n]", "-o", "random.onnx")
+        status, _, stderr = fxopt_command(folder, *arguments)
+    finally:
+        (folder / "random.py").unlink()
+    assert status == 0, stderr
+    assert sys.modules["random"] is random
+
+
+def test_no_command_shows_help(folder):
+    status, stdout, stderr = fxopt_command(folder)
+    assert (status, stdout) == (2, "")
+    assert all(name in stderr for name in ("optimize", "validate", "passes", "demo"))
+    assert "..." not in stderr.partition("Commands:")[2]  # each command is described in full
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="this system has no device that is always full")
+def test_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "fxopt.tools.cli", "passes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ")
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
 def test_progress_is_for_terminals_only(monkeypatch, terminal, quiet):
     file = io.StringIO()
