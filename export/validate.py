@@ -14,11 +14,13 @@ from fxopt import args
 from fxopt.capture import isolated
 from fxopt.contracts import METRICS, Contract
 from fxopt.dimensions import Sample
+from fxopt.effects import is_random
 from fxopt.errors import ExportError, NumericsError, describe
 from fxopt.export.files import OnnxFile
 from fxopt.export.kernel_noise import kernel_noise
 from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Optimization, Session
+from fxopt.freeze import frozen
 from fxopt.graph_module import CapturedModule
 from fxopt.numerics import Reference, measure, reference, surely_rounding, violation
 
@@ -80,6 +82,7 @@ def validate_file(
 ) -> ValidationReport:
     """Compare as :func:`validate` does; ``names`` are the names that the outputs must have."""
     contract = contract or _contract_of(gm)
+    _refuse_random(gm)
     report = ValidationReport(str(contract))
     sessions = {level: Session(source, optimization=level) for level in _OPTIMIZATIONS}
     for session in sessions.values():
@@ -106,6 +109,19 @@ def _contract_of(gm: CapturedModule) -> Contract:
         if metric in METRICS:
             floors.append((metric, float(number)))
     return Contract("LOSSY", floors=tuple(floors))
+
+
+def _refuse_random(gm: CapturedModule) -> None:
+    """Refuse to compare what no seed makes equal: ORT draws other random numbers than torch does."""
+    for node in frozen(gm).graph.nodes:
+        if is_random(node):
+            raise NumericsError(
+                describe(
+                    f"the graph draws random numbers ({node.target}), and ORT would draw others",
+                    source=args.source_line(node),
+                    try_="pass the random tensor as an input; or export with validate=False, unproved",
+                )
+            )
 
 
 def _check_names(session: Session, gm: CapturedModule, names: Sequence[str] | None) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 import fxopt
 from fxopt import Contract
+from fxopt.capture import isolated
 from fxopt.numerics import measure, reference, run_float64, violation
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
@@ -151,3 +152,31 @@ def test_the_noise_of_a_reference_is_the_rounding_of_the_graph() -> None:
     rounding = (net(x).double() - exact.T).abs().max()
     assert found.noise[0] == pytest.approx(float(max(floor, rounding)), rel=1e-6)
     assert violation(Contract.ROUNDING, found.outputs[0], found.outputs[0] + 1e-3, found.precise[0], found.noise[0])
+
+
+def test_float64_run_draws_the_same_random_numbers() -> None:
+    """Else the difference of two draws would pass for rounding error, and any rewrite within it for a good one."""
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return torch.rand_like(x) + torch.nn.functional.dropout(x, 0.5, training=True)
+
+    gm = fxopt.capture(noisy, torch.randn(50, 4))
+    leaves = gm.flatten_inputs(*gm.samples[0].args)
+    with isolated(gm):
+        outputs = gm.flat_outputs(*gm.samples[0].args)
+    found = reference(gm, outputs, leaves)
+    assert found.noise[0] < 1e-5
+
+
+def test_no_bound_is_as_wide_as_the_signal() -> None:
+    """A graph that amplifies rounding error to the size of its output gets no bound that lets anything pass."""
+
+    def chaotic(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(60):
+            x = 3.9 * x * (1 - x)
+        return x
+
+    gm = fxopt.capture(chaotic, torch.rand(64))
+    outputs = gm.flat_outputs(*gm.samples[0].args)
+    found = reference(gm, outputs, gm.flatten_inputs(*gm.samples[0].args))
+    assert 0 < found.noise[0] < 1e-3
