@@ -87,15 +87,28 @@ def validate_file(
     sessions = {level: Session(source, optimization=level) for level in _OPTIMIZATIONS}
     for session in sessions.values():
         _check_names(session, gm, names)
+    nothing = set(range(len(gm.graph.output_node().args[0])))  # type: ignore[arg-type]  # the flat outputs, a tuple
     for case in _cases(gm, inputs, sizes, report):
         judge = _Judge(gm, case, contract)
         for level, session in sessions.items():
             judge.compare(session, level, report)
+        nothing &= {i for i, value in enumerate(case.outputs) if _holds_no_number(value)}
     if not report.results:
         raise ExportError(
             describe("the model could not be validated: no input runs", notes="\n".join(report.notes) or None)
         )
+    if nothing:
+        raise NumericsError(
+            describe(
+                f"output {min(nothing)} is NaN in every element on every input, so that nothing is proved",
+                try_="example inputs of the size and scale that the model was made for",
+            )
+        )
     return report
+
+
+def _holds_no_number(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() > 0 and bool(value.isnan().all())
 
 
 def _contract_of(gm: CapturedModule) -> Contract:

@@ -10,13 +10,13 @@ import torch
 from fxopt.errors import InvariantError
 
 __all__ = [
+    "Reads",
     "attach",
     "fresh_name",
     "get_path",
     "hasattr_path",
     "named_tensors",
     "owner_of",
-    "path_of",
     "read_attributes",
     "remove_unread",
 ]
@@ -98,17 +98,51 @@ def owner_of(node: torch.fx.Node) -> torch.nn.Module:
     return owner
 
 
-def path_of(root: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    """Return the dotted path under which ``root`` holds the module ``wanted``."""
-    found: str = next(name for name, module in root.named_modules() if module is wanted)
-    return found
-
-
 def fresh_name(root: torch.nn.Module, name: str, taken: Collection[str]) -> str:
     """Return ``name`` fit to be a dotted path, with a number behind it if ``root`` or ``taken`` has it already."""
     parts = ["".join(c if c.isalnum() else "_" for c in part) or "constant" for part in name.split(".")]
-    path, count = ".".join(parts), 0
-    while path in taken or hasattr_path(root, path):
-        count += 1
-        path = ".".join(parts) + f"_{count}"
-    return path
+    plain = ".".join(parts)
+
+    def is_taken(path: str) -> bool:
+        return path in taken or hasattr_path(root, path)
+
+    if not is_taken(plain):
+        return plain
+    # Numbers are taken in order, so the end of them is looked for in steps that double, and then halve.
+    used, free = 0, 1
+    while is_taken(f"{plain}_{free}"):
+        used, free = free, 2 * free
+    while free - used > 1:
+        middle = (used + free) // 2
+        used, free = (middle, free) if is_taken(f"{plain}_{middle}") else (used, middle)
+    return f"{plain}_{free}"
+
+
+class Reads:
+    """Which ``get_attr`` nodes read which tensor, found in one walk and kept up to date."""
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        """Args: gm: with the graphs inside it. Walked when it is first asked for a tensor."""
+        self._gm = gm
+        self._found: dict[tuple[torch.nn.Module, int], list[torch.fx.Node]] | None = None
+
+    def add(self, node: torch.fx.Node) -> None:
+        """Note that ``node`` reads what is now under its path."""
+        if self._found is not None:
+            owner = owner_of(node)
+            key = (owner, id(get_path(owner, str(node.target))))
+            self._found.setdefault(key, []).append(node)
+
+    def of_tensor(self, owner: torch.nn.Module, tensor: torch.Tensor) -> list[torch.fx.Node]:
+        """Return the nodes of the graph of ``owner`` that read ``tensor``, by whichever of its names."""
+        if self._found is None:
+            self._found = {}
+            for module in self._gm.modules():
+                for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                    if node.op == "get_attr":
+                        self.add(node)
+        return [
+            node
+            for node in self._found.get((owner, id(tensor)), [])
+            if not node._erased and get_path(owner, str(node.target)) is tensor
+        ]

@@ -168,16 +168,6 @@ def run_eagerly(model: torch.nn.Module, sample: Sample) -> list[Any]:
                     wanted="tensors and numbers, in any nesting of tuples, lists, dicts and registered pytrees",
                 )
             )
-    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.numel()}
-    empty = [i for i, tensor in tensors.items() if bool(tensor.isnan().all())]
-    if empty:
-        raise CaptureError(
-            describe(
-                f"output {empty[0]} of the model is NaN in every element, so that no rewrite can be judged",
-                got=shape_text(leaves[empty[0]]),
-                try_="example inputs of the size and scale that the model was made for",
-            )
-        )
     return list(leaves)
 
 

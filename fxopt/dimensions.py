@@ -229,10 +229,14 @@ def dimensions_from_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, A
 
 
 def resize(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
-    """Return ``tensor`` with the given size along each axis, its slices repeated or cut: all values stay legal ones."""
+    """Return ``tensor`` with the given size along each axis, its slices repeated or left out.
+
+    All values stay legal ones, and their order stays: offsets that ascend still do.
+    """
     for axis, size in sizes.items():
-        if tensor.shape[axis] != size:
-            index = torch.arange(size, device=tensor.device) % max(tensor.shape[axis], 1)
+        old = tensor.shape[axis]
+        if old != size:
+            index = torch.arange(size, device=tensor.device) * old // max(size, 1)
             tensor = tensor.index_select(axis, index)
     return tensor
 

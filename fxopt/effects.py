@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -38,7 +39,11 @@ def trains(node: torch.fx.Node) -> bool | None:
 
 def is_random(node: torch.fx.Node) -> bool:
     """Return whether the node draws random numbers in some mode."""
-    if node.op != "call_function" or not isinstance(node.target, OpOverload):
+    if node.op != "call_function":
+        return False
+    if isinstance(node.target, HigherOrderOperator):
+        return any(is_random(inner) for inner in _regions(node))
+    if not isinstance(node.target, OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
@@ -57,13 +62,7 @@ def has_effect(node: torch.fx.Node) -> bool:
     if node.target is UPDATE_BUFFER or node.target in _ASSERTIONS:
         return True
     if isinstance(node.target, HigherOrderOperator):
-        return any(
-            has_effect(inner)
-            for branch in node.all_input_nodes
-            if branch.op == "get_attr" and isinstance(body := _body(branch), torch.fx.GraphModule)
-            for inner in body.graph.nodes
-            if inner.op not in ("placeholder", "output")
-        )
+        return any(has_effect(inner) for inner in _regions(node) if inner.op not in ("placeholder", "output"))
     if isinstance(node.target, OpOverload):
         # Batch norm writes its running statistics while training, which its schema does not tell.
         writes_statistics = "running_mean" in argument_positions(node.target) and bool(trains(node))
@@ -77,6 +76,13 @@ def has_effect(node: torch.fx.Node) -> bool:
 def is_pure(node: torch.fx.Node) -> bool:
     """Return whether the node always gives the same result for the same arguments and does nothing else."""
     return not has_effect(node) and not is_random(node)
+
+
+def _regions(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+    """Yield the nodes of the graphs that a call of a higher-order operator runs."""
+    for branch in node.all_input_nodes:
+        if branch.op == "get_attr" and isinstance(body := _body(branch), torch.fx.GraphModule):
+            yield from body.graph.nodes
 
 
 def _body(branch: torch.fx.Node) -> torch.nn.Module | None:

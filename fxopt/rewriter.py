@@ -17,17 +17,17 @@ from torch._guards import detect_fake_mode
 
 from fxopt.args import argument_positions, dtype, shape, shape_text, source_line, value
 from fxopt.attributes import (
+    Reads,
     attach,
     fresh_name,
     get_path,
     named_tensors,
     owner_of,
-    path_of,
     read_attributes,
     remove_unread,
 )
 from fxopt.changes import Change, Skip
-from fxopt.effects import has_effect
+from fxopt.effects import has_effect, is_random
 from fxopt.errors import PassError, describe
 from fxopt.functionalize import fake_call
 from fxopt.graph_module import CapturedModule, Provenance, graph_modules
@@ -55,7 +55,8 @@ class Rewriter:
         self._attributes = {name for name, _ in named_tensors(gm)}
         self._removable = read_attributes(gm)
         self._fake_mode: Any = None
-        self._reads: dict[tuple[torch.fx.Graph, int], int] | None = None
+        self._reads = Reads(gm)
+        self._paths: dict[torch.nn.Module, str] = {}
         self._touched: set[torch.fx.GraphModule] = set()
 
     # ---- reading
@@ -75,9 +76,10 @@ class Rewriter:
             found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in wanted]
             yield from self._sites(found)
 
-    def nodes_of(self, module: torch.fx.GraphModule) -> Iterator[torch.fx.Node]:
-        """Yield the nodes of one graph alone. See :meth:`nodes`."""
-        yield from self._sites([node for node in module.graph.nodes if node.op not in ("placeholder", "output")])
+    def nodes_of(self, module: torch.fx.GraphModule, *, backwards: bool = False) -> Iterator[torch.fx.Node]:
+        """Yield the nodes of one graph alone, the last one first if ``backwards``. See :meth:`nodes`."""
+        found = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+        yield from self._sites(found[::-1] if backwards else found)
 
     def _sites(self, nodes: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
         for node in nodes:
@@ -92,10 +94,12 @@ class Rewriter:
 
     def site_name(self, node: torch.fx.Node) -> str:
         """Return the name that stands for the node across reruns of the pass."""
-        owner = node.graph.owning_module
+        owner = owner_of(node)
         if owner is self.gm:
             return node.name
-        return f"{id(node.graph) if owner is None else path_of(self.gm, owner)}/{node.name}"
+        if owner not in self._paths:
+            self._paths = {module: path for path, module in self.gm.named_modules()}
+        return f"{self._paths[owner]}/{node.name}"
 
     def value(self, node: torch.fx.Node) -> Any:
         """Return what the node yields: a FakeTensor, a SymInt or number, or a tuple of these."""
@@ -124,15 +128,8 @@ class Rewriter:
 
     def readers(self, path: str, graph: torch.fx.Graph) -> int:
         """Return how many ``get_attr`` nodes of a graph read the tensor at ``path``, by whichever of its names."""
-        if self._reads is None:
-            self._reads = {}
-            for module in graph_modules(self.gm):
-                for node in module.graph.nodes:
-                    if node.op == "get_attr" and isinstance(node.meta.get("val"), torch.Tensor):
-                        key = (module.graph, id(get_path(module, str(node.target))))
-                        self._reads[key] = self._reads.get(key, 0) + 1
         owner = graph.owning_module
-        return 0 if owner is None else self._reads.get((graph, id(get_path(owner, path))), 0)
+        return 0 if owner is None else len(self._reads.of_tensor(owner, get_path(owner, path)))
 
     # ---- changing
 
@@ -145,7 +142,7 @@ class Rewriter:
         self._check_same_type(node, new)
         self._record("replaced", node, why)
         node.replace_all_uses_with(new)
-        self._erase_dead([node])
+        self._erase_dead([node], named=node)
 
     def replace_call(
         self,
@@ -175,7 +172,7 @@ class Rewriter:
         self._record("replaced", node, why)
         node.replace_all_uses_with(new)
         name = node.name
-        self._erase_dead([node])
+        self._erase_dead([node], named=node)
         if node._erased:
             new.name = name
         return new
@@ -230,7 +227,7 @@ class Rewriter:
             )
             raise PassError(f"{self.pass_name} cannot erase {node.name}: {reason}")
         self._record("erased", node, why)
-        self._erase_dead([node])
+        self._erase_dead([node], named=node)
 
     def fix_mode(self, node: torch.fx.Node, *, why: str) -> None:
         """Make the arguments of the current mode the only ones."""
@@ -273,6 +270,7 @@ class Rewriter:
         with near.graph.inserting_before(near):
             node = near.graph.get_attr(path)
         node.meta["val"] = self._fake(tensor, near)
+        self._reads.add(node)
         self._annotate(node, [near])
         self._record("constant", node, why or f"added {shape_text(tensor)}")
         return node
@@ -282,18 +280,19 @@ class Rewriter:
 
         The old tensor is not written: the graph before the pass still holds it.
         """
-        path, owner = str(node.target), owner_of(node)
-        *parents, leaf = path.split(".")
+        root = owner = owner_of(node)
+        *parents, leaf = str(node.target).split(".")
         for part in parents:
             owner = owner._modules[part]  # type: ignore[assignment]  # no part of a path is None
         old = self.tensor(node)
+        readers = [reader for reader in self._reads.of_tensor(root, old) if reader.target == node.target]
         if leaf in owner._parameters:
             owner._parameters[leaf] = torch.nn.Parameter(tensor.detach(), requires_grad=old.requires_grad)
         else:
             owner._buffers[leaf] = tensor.detach()
-        for reader in node.graph.nodes:
-            if reader.op == "get_attr" and reader.target == node.target:
-                reader.meta["val"] = self._fake(tensor, node)
+        for reader in readers:
+            reader.meta["val"] = self._fake(tensor, node)
+            self._reads.add(reader)
         self._record("tensor", node, why)
 
     def skip(self, node: torch.fx.Node, reason: str) -> None:
@@ -382,11 +381,12 @@ class Rewriter:
                 )
             )
 
-    def _erase_dead(self, candidates: list[torch.fx.Node]) -> None:
+    def _erase_dead(self, candidates: list[torch.fx.Node], named: torch.fx.Node | None = None) -> None:
+        """Erase what nobody reads. A random call goes only if the pass named it: without it, others draw anew."""
         stack = list(candidates)
         while stack:
             node = stack.pop()
-            if node._erased or node.users or has_effect(node):
+            if node._erased or node.users or has_effect(node) or (node is not named and is_random(node)):
                 continue
             inputs = list(node.all_input_nodes)
             node.graph.erase_node(node)

@@ -7,15 +7,16 @@
     after:   z = conv2d(x, w', b')       w' = w s (along the inputs),  b' = b + sum(w t),  t = beta - mean s
 
 In evaluation both sides are the same function of real numbers; w' and b' are computed in float64 and rounded once. With
-padding the second form would pad with zeros where the first pads with t, so it is taken only where t is zero.
-A graph that can still be switched to training keeps the statistics it had: its batch norm is frozen.
+padding the second form would pad with zeros where the first pads with t, so it is taken only where t is zero; so it is
+before a transposed convolution, whose border gets fewer terms than its middle. A batch norm behind another one is such
+an operator too. A graph that can still be switched to training keeps the statistics it had: its batch norm is frozen.
 Source: Jacob et al. 2018, Quantization and Training of Neural Networks, section 3.2.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,9 +24,10 @@ from fxopt.args import arg
 from fxopt.contracts import Contract
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.pass_base import Pass
+from fxopt.passes.cleanup.batch_norm_algebra import fold_after, fold_before, fold_into_norm, scale_and_shift
 from fxopt.rewriter import Rewriter
 
-__all__ = ["FoldBatchNorm", "fold_after", "fold_before", "scale_and_shift"]
+__all__ = ["FoldBatchNorm"]
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {
@@ -33,13 +35,17 @@ _CONVOLUTIONS = {
     aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
 }  # fmt: skip
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
-_LINEAR = {aten.linear.default}
-_FOLDABLE = _CONVOLUTIONS | _TRANSPOSED | _LINEAR
+_NORM = aten.batch_norm.default
+# Each layer's arguments: what it reads, its weight, its bias.
+_ARGUMENTS: dict[Any, tuple[str, str, str]] = {
+    **dict.fromkeys([*_CONVOLUTIONS, *_TRANSPOSED, aten.linear.default, _NORM], ("input", "weight", "bias")),
+    aten.addmm.default: ("mat1", "mat2", "self"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class FoldBatchNorm(Pass):
-    """Fold batch norms of evaluation into convolutions, transposed convolutions and linear layers."""
+    """Fold batch norms of evaluation into convolutions, transposed convolutions, linear layers and batch norms."""
 
     name: ClassVar[str] = "fold-batch-norm"
     contract: ClassVar[Contract] = Contract.ROUNDING
@@ -48,29 +54,21 @@ class FoldBatchNorm(Pass):
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it."""
         folded: set[str] = set()
-        for norm in rw.calls(aten.batch_norm.default):
-            reason = _not_ready(norm)
-            if reason:
+        for norm in rw.calls(_NORM):
+            statistics = arg(norm, "running_mean")
+            reason = _not_ready(norm) or _fold(rw, norm)
+            if reason is not None:
                 rw.skip(norm, reason)
-                continue
-            statistics = str(arg(norm, "running_mean").target).rpartition(".")[0]
-            source = arg(norm, "input")
-            behind = next(iter(norm.users)) if len(norm.users) == 1 else None
-            why_not = _refuses_after(rw, source, norm)
-            if why_not is None:
-                _fold_after(rw, source, norm)
-            elif behind is not None and behind.target in _CONVOLUTIONS | _LINEAR and arg(behind, "input") is norm:
-                why_not = _refuses_before(rw, norm, behind)
-                if why_not is None:
-                    _fold_before(rw, norm, behind)
-            if why_not is None:
-                folded.add(f"{statistics}.num_batches_tracked" if statistics else "num_batches_tracked")
-            else:
-                rw.skip(norm, why_not)
+            elif rw.readers(str(statistics.target), statistics.graph) == 0:
+                folded.add(_sibling(str(statistics.target), "num_batches_tracked"))
         for update in rw.calls(UPDATE_BUFFER):
-            buffer = arg(update, "buffer")
-            if str(buffer.target) in folded and not update.users:
+            if str(arg(update, "buffer").target) in folded:
                 rw.discard(update, why="counts the batches of a folded batch norm")
+
+
+def _sibling(path: str, name: str) -> str:
+    prefix = path.rpartition(".")[0]
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _not_ready(norm: torch.fx.Node) -> str | None:
@@ -84,32 +82,60 @@ def _not_ready(norm: torch.fx.Node) -> str | None:
     return None
 
 
-def _refuses_after(rw: Rewriter, source: torch.fx.Node, norm: torch.fx.Node) -> str | None:
+def _fold(rw: Rewriter, norm: torch.fx.Node) -> str | None:
+    """Fold one batch norm, and return None; or return why that is impossible."""
+    layer = arg(norm, "input")
+    reason = _refuses_after(rw, layer, norm) or _fold_after(rw, layer, norm)
+    behind = next(iter(norm.users)) if len(norm.users) == 1 else None
+    if reason is None or behind is None or behind.target not in _ARGUMENTS:
+        return reason
+    if arg(behind, _ARGUMENTS[behind.target][0]) is not norm:
+        return reason
+    return _refuses_before(rw, norm, behind) or _fold_before(rw, norm, behind)
+
+
+def _refuses_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str | None:
     """Return why the batch norm cannot go into the operator before it, or None."""
-    if source.op != "call_function" or source.target not in _FOLDABLE:
-        return f"{source.name} before it is not a convolution or linear layer"
-    if len(source.users) > 1:
-        return f"{source.name} has {len(source.users)} users"
-    if source.target in _LINEAR and rw.value(source).ndim != 2:
-        return f"it normalizes axis 1 of {source.name}, whose features are the last axis"
-    if arg(source, "weight").op != "get_attr":
-        return f"the weight of {source.name} is computed by the graph"
-    if isinstance(arg(source, "bias"), torch.fx.Node) and arg(source, "bias").op != "get_attr":
-        return f"the bias of {source.name} is computed by the graph"
-    return None
+    # A batch norm before another one is folded into that when it is looked at itself.
+    if layer.op != "call_function" or layer.target not in _ARGUMENTS or layer.target is _NORM:
+        return f"{layer.name} before it is not a convolution or linear layer"
+    if len(layer.users) > 1:
+        return f"{layer.name} has {len(layer.users)} users"
+    return _refuses_weights(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of {layer.name}")
 
 
 def _refuses_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:
     """Return why the batch norm cannot go into the operator behind it, or None."""
-    if arg(layer, "weight").op != "get_attr":
-        return f"the weight of {layer.name} is computed by the graph"
-    if isinstance(arg(layer, "bias"), torch.fx.Node) and arg(layer, "bias").op != "get_attr":
-        return f"the bias of {layer.name} is computed by the graph"
-    if layer.target in _LINEAR and rw.value(layer).ndim != 2:
-        return f"it normalizes axis 1 of the input of {layer.name}, whose features are the last axis"
+    reason = _refuses_weights(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of the input of {layer.name}")
+    if layer.target is _NORM:
+        reason = _not_ready(layer)
+    if reason is not None:
+        return reason
     _, shift = _affine(rw, norm)
     if layer.target in _CONVOLUTIONS and _pads(layer) and bool(shift.any()):
         return f"{layer.name} pads with zeros, which the shift of the batch norm would change"
+    if layer.target in _TRANSPOSED and bool(shift.any()):
+        return f"the border of {layer.name} would get the shift of the batch norm less often than its middle"
+    return None
+
+
+def _refuses_weights(rw: Rewriter, layer: torch.fx.Node) -> str | None:
+    for name in _ARGUMENTS[layer.target][1:]:
+        source = arg(layer, name)
+        if isinstance(source, torch.fx.Node) and source.op != "get_attr":
+            return f"the {'bias' if name in ('bias', 'self') else 'weight'} of {layer.name} is computed by the graph"
+    if layer.target is aten.addmm.default and (
+        (arg(layer, "alpha"), arg(layer, "beta")) != (1, 1) or rw.value(arg(layer, "self")).ndim != 1
+    ):
+        return f"{layer.name} scales its terms, or adds more than a bias"
+    return None
+
+
+def _wrong_axis(rw: Rewriter, layer: torch.fx.Node, where: str) -> str | None:
+    if layer.target is aten.linear.default and rw.value(layer).ndim != 2:
+        return f"it normalizes {where}, whose features are the last axis"
+    if layer.target in _CONVOLUTIONS | _TRANSPOSED and rw.value(layer).ndim != rw.value(arg(layer, "weight")).ndim:
+        return f"it normalizes {where}, which has no batch axis"
     return None
 
 
@@ -120,122 +146,89 @@ def _pads(layer: torch.fx.Node) -> bool:
     return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
-def _fold_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> None:
+def _fold_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str | None:
     scale, shift = _affine(rw, norm)
     weight, bias = _weights(rw, layer)
-    transposed = layer.target in _TRANSPOSED
-    groups = arg(layer, "groups") if layer.target not in _LINEAR else 1
-    new_weight, new_bias = fold_after(weight, bias, scale, shift, transposed=transposed, groups=groups)
-    _install(rw, layer, new_weight, new_bias, at=norm, why=f"took in {norm.name}")
-    _take_out(rw, norm, layer, layer)
+    if layer.target is aten.addmm.default:
+        new_weight, new_bias = fold_after(weight.t(), bias, scale, shift)
+        new_weight = new_weight.t()
+    else:
+        new_weight, new_bias = fold_after(
+            weight, bias, scale, shift, transposed=layer.target in _TRANSPOSED, groups=_groups(layer)
+        )
+    return _install(rw, norm, layer, new_weight, new_bias, value=layer)
 
 
-def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> None:
+def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:
     scale, shift = _affine(rw, norm)
+    if layer.target is _NORM:
+        new_weight, new_bias = fold_into_norm(*_affine(rw, layer), *_statistics(rw, layer), scale, shift)
+        dtype = rw.tensor(arg(layer, "running_mean")).dtype
+        new_weight, new_bias = new_weight.to(dtype), new_bias.to(dtype)
+        return _install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
     weight, bias = _weights(rw, layer)
-    groups = arg(layer, "groups") if layer.target not in _LINEAR else 1
-    new_weight, new_bias = fold_before(weight, bias, scale, shift, groups=groups)
-    _install(rw, layer, new_weight, new_bias, at=layer, why=f"took in {norm.name}")
-    _take_out(rw, norm, arg(norm, "input"), layer)
+    if layer.target is aten.addmm.default:
+        new_weight, new_bias = fold_before(weight.t(), bias, scale, shift)
+        new_weight = new_weight.t()
+    else:
+        new_weight, new_bias = fold_before(
+            weight, bias, scale, shift, transposed=layer.target in _TRANSPOSED, groups=_groups(layer)
+        )
+    return _install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
 
 
-def _take_out(rw: Rewriter, norm: torch.fx.Node, value: torch.fx.Node, layer: torch.fx.Node) -> None:
+def _groups(layer: torch.fx.Node) -> int:
+    return 1 if layer.target is aten.linear.default else int(arg(layer, "groups"))
+
+
+def _statistics(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, var = (rw.tensor(arg(norm, name)).detach().double() for name in ("running_mean", "running_var"))
+    return mean, (var + arg(norm, "eps")).sqrt()
+
+
+def _affine(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, deviation = _statistics(rw, norm)
+    gamma, beta = (
+        None if arg(norm, name) is None else rw.tensor(arg(norm, name)).detach().double() for name in ("weight", "bias")
+    )
+    return scale_and_shift(gamma, beta, mean, deviation)
+
+
+def _weights(rw: Rewriter, layer: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor | None]:
+    _, weight, bias = (arg(layer, name) for name in _ARGUMENTS[layer.target])
+    return rw.tensor(weight), None if bias is None else rw.tensor(bias)
+
+
+def _install(
+    rw: Rewriter,
+    norm: torch.fx.Node,
+    layer: torch.fx.Node,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    value: torch.fx.Node,
+) -> str | None:
+    """Give the layer its new tensors, under their old names where nobody else reads these, and take out the norm.
+
+    Returns:
+        Why that is impossible, or None.
+    """
+    if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
+        return f"the folded weights of {layer.name} are not finite in {weight.dtype}"
+    why = f"took in {norm.name}"
+    _, weight_name, bias_name = _ARGUMENTS[layer.target]
+    home = arg(layer, weight_name) or arg(layer, "running_mean")
+    trainable = rw.tensor(home).requires_grad
+    for name, plain_name, tensor in ((weight_name, "weight", weight), (bias_name, "bias", bias)):
+        source = arg(layer, name)
+        if source is not None and len(source.users) == 1 and rw.readers(str(source.target), source.graph) == 1:
+            rw.set_tensor(source, tensor, why=why)
+        else:
+            path = str(source.target) if source is not None else _sibling(str(home.target), plain_name)
+            rw.set_arg(layer, name, rw.constant(path, tensor, near=layer, trainable=trainable, why=why), why=why)
     note = "; train() will keep its present statistics" if "modes" in norm.meta else ""
     rw.replace_value(norm, value, why=f"folded into {layer.name}{note}")
     if not norm._erased:
         # It could be switched to training, where it writes its statistics; folded, it no longer can.
         rw.discard(norm, why=f"folded into {layer.name}")
-
-
-def _affine(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
-    def read(name: str) -> torch.Tensor | None:
-        source = arg(norm, name)
-        return None if source is None else rw.tensor(source).detach().double()
-
-    mean, var = read("running_mean"), read("running_var")
-    assert mean is not None
-    assert var is not None
-    return scale_and_shift(read("weight"), read("bias"), mean, var, arg(norm, "eps"))
-
-
-def _weights(rw: Rewriter, layer: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor | None]:
-    bias = arg(layer, "bias")
-    return rw.tensor(arg(layer, "weight")), None if bias is None else rw.tensor(bias)
-
-
-def _install(
-    rw: Rewriter, layer: torch.fx.Node, weight: torch.Tensor, bias: torch.Tensor, *, at: torch.fx.Node, why: str
-) -> None:
-    """Give the layer its new weight and bias, under their old names where nobody else reads these."""
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        source = arg(layer, name)
-        if source is not None and len(source.users) == 1 and _sole_reader(rw, source):
-            rw.set_tensor(source, tensor, why=why)
-            continue
-        wanted = str(arg(layer, "weight").target).rpartition(".")[0]
-        path = f"{wanted}.{name}" if wanted else name
-        rw.set_arg(layer, name, rw.constant(path, tensor, near=layer, trainable=True, why=why), why=why)
-
-
-def _sole_reader(rw: Rewriter, source: torch.fx.Node) -> bool:
-    return rw.readers(str(source.target), source.graph) == 1
-
-
-def scale_and_shift(
-    gamma: torch.Tensor | None, beta: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return s and t with ``batch_norm(x) = s x + t`` in each channel; float64[channels] each."""
-    scale = (var + eps).rsqrt() if gamma is None else gamma * (var + eps).rsqrt()
-    shift = -mean * scale if beta is None else beta - mean * scale
-    return scale, shift
-
-
-def fold_after(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    *,
-    transposed: bool,
-    groups: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and bias of the layer that equals ``scale * layer(x) + shift``.
-
-    Args:
-        weight: [out, in / groups, ...]; of a transposed convolution [in, out / groups, ...].
-        bias: [out], or None.
-        scale: float64[out].
-        shift: float64[out].
-        transposed: Whether the weight is that of a transposed convolution.
-        groups: Number of groups; output channels are numbered group by group.
-    """
-    precise = weight.detach().double()
-    if transposed:
-        per_group = precise.unflatten(0, (groups, -1))
-        factors = scale.reshape(groups, 1, -1, *([1] * (weight.ndim - 2)))
-        folded = (per_group * factors).flatten(0, 1)
-    else:
-        folded = precise * scale.reshape(-1, *([1] * (weight.ndim - 1)))
-    moved = shift if bias is None else bias.detach().double() * scale + shift
-    return folded.to(weight.dtype), moved.to(weight.dtype)
-
-
-def fold_before(
-    weight: torch.Tensor, bias: torch.Tensor | None, scale: torch.Tensor, shift: torch.Tensor, *, groups: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight and bias of the layer that equals ``layer(scale * x + shift)``, no padding taken into account.
-
-    Args:
-        weight: [out, in / groups, ...].
-        bias: [out], or None.
-        scale: float64[in].
-        shift: float64[in].
-        groups: Number of groups.
-    """
-    precise = weight.detach().double().unflatten(0, (groups, -1))
-    kernel = [1] * (weight.ndim - 2)
-    factors, offsets = (item.reshape(groups, 1, -1, *kernel) for item in (scale, shift))
-    folded = (precise * factors).flatten(0, 1)
-    added = (precise * offsets).flatten(0, 1).flatten(1).sum(1)
-    moved = added if bias is None else bias.detach().double() + added
-    return folded.to(weight.dtype), moved.to(weight.dtype)
+    return None

@@ -3,31 +3,59 @@
     before:  a = to(x, f32);  b = permute(a, [1, 0]);  c = permute(b, [1, 0]);  d = view(view(c, [4]), [2, 2])
     after:   d = view(x, [2, 2])
 
-Exact: nothing is computed. In a functional graph nobody can tell a copy from the original, so that ``clone`` and
-``contiguous`` are identities as well. ``detach`` is none: it stops gradients. Dropout is one where it can never be
-active: in a graph that can still be switched to training it stays.
+Exact: nothing is computed, and what is left has the same strides, so that every kernel reads it in the same order. A
+copy stays where someone could tell it from its original (see fxopt.passes.cleanup.memory). ``detach`` stays where it
+stops gradients. Dropout goes where it is never active: in a graph that can still be switched to training it stays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 
 from fxopt.args import arg
 from fxopt.contracts import Contract
-from fxopt.effects import is_random
+from fxopt.graph_module import graph_modules
+from fxopt.ops import SELECT_MODE
 from fxopt.pass_base import Pass
+from fxopt.passes.cleanup.memory import same_layout
+from fxopt.passes.cleanup.replacement import Replacement
 from fxopt.rewriter import Rewriter
 
-__all__ = ["RemoveIdentities", "compose_permutations"]
+__all__ = ["RemoveIdentities", "axis_order", "compose_permutations"]
 
 aten = torch.ops.aten
-_MAX = 2**63 - 1
-_VIEWS = {aten.view.default, aten.reshape.default}
-_TRANSPOSES = {aten.transpose.int, aten.t.default, aten.permute.default, aten.swapaxes.default}
+_DROPOUTS = {
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.feature_alpha_dropout.default,
+}
+_TRANSPOSES: dict[Any, tuple[str, str] | None] = {
+    aten.transpose.int: ("dim0", "dim1"),
+    aten.swapdims.default: ("dim0", "dim1"),
+    aten.swapaxes.default: ("axis0", "axis1"),
+    aten.t.default: None,
+    aten.permute.default: None,
+}
+_SIZED_VIEWS: dict[Any, str] = {aten.view.default: "size", aten.reshape.default: "shape"}
+_VIEWS = {
+    *_SIZED_VIEWS, aten.flatten.using_ints, aten.unflatten.int, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._unsafe_view.default,
+}  # fmt: skip
+# Eager torch returns the argument itself where these change nothing, so that no gradient takes another way.
+_RETURN_THEMSELVES = {
+    aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default, aten.contiguous.default,
+}  # fmt: skip
+_CANDIDATES = {
+    *_VIEWS, *_RETURN_THEMSELVES, aten.alias.default, aten.positive.default, aten.lift_fresh.default,
+    aten.lift_fresh_copy.default, aten.clone.default, aten.expand.default, aten.expand_as.default,
+    aten.broadcast_to.default, aten.slice.Tensor, aten.narrow.default, aten.repeat.default, aten.tile.default,
+}  # fmt: skip
+_COPIES = {aten.contiguous.default, aten.clone.default}
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,101 +67,102 @@ class RemoveIdentities(Pass):
 
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it."""
-        for node in rw.nodes():
-            if node.op != "call_function":
-                continue
-            if node.target in _DROPOUTS:
-                _dropout(rw, node)
-            elif node.target in _TRANSPOSES:
-                _permutation(rw, node)
-            elif (rule := _RULES.get(node.target)) is not None:
-                source = arg(node, "self")
-                if rule(node, source):
-                    rw.replace_value(node, source, why=f"{_name(node)} changes nothing")
-                elif node.target in _VIEWS and source.op == "call_function" and source.target in _VIEWS:
-                    size = arg(node, "size" if node.target is aten.view.default else "shape")
-                    rw.replace_call(
-                        node, aten.reshape.default, (arg(source, "self"), size), why=f"a view of the view {source.name}"
-                    )
+        for module in graph_modules(rw.gm):
+            replace = Replacement(rw, module)
+            for node in rw.nodes_of(module):
+                if node.op == "call_function":
+                    _visit(replace, node)
+
+
+def _visit(replace: Replacement, node: torch.fx.Node) -> None:
+    if node.target in _DROPOUTS:
+        _dropout(replace, node)
+    elif node.target in _TRANSPOSES:
+        _permutation(replace, node)
+    elif (source := _returned_argument(replace, node)) is not None:
+        _identity(replace, node, source)
+    elif node.target in _VIEWS:
+        _view(replace, node)
 
 
 def _name(node: torch.fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
-def _dropout(rw: Rewriter, node: torch.fx.Node) -> None:
-    if "modes" in node.meta:
-        rw.skip(node, "dropout is active while training")
-    elif not is_random(node) or arg(node, "p") == 0:
-        rw.replace_value(node, arg(node, "input"), why="dropout is inactive")
+def _dropout(replace: Replacement, node: torch.fx.Node) -> None:
+    modes = node.meta.get("modes", {})
+    active = [
+        bool(train) and p != 0
+        for train, p in zip(
+            modes.get("train", [arg(node, "train")] * 2), modes.get("p", [arg(node, "p")] * 2), strict=True
+        )
+    ]
+    if not any(active):
+        replace.by_value(node, arg(node, "input"), why="dropout is inactive", is_same_object=True)
+    elif not all(active):
+        replace.rw.skip(node, "dropout is active while training")
 
 
-def _same_type(node: torch.fx.Node, source: torch.fx.Node) -> bool:
-    a, b = node.meta["val"], source.meta["val"]
-    return bool(a.dtype == b.dtype and a.device == b.device and a.layout == b.layout)
+def _returned_argument(replace: Replacement, node: torch.fx.Node) -> torch.fx.Node | None:
+    """Return the argument that the call gives back unchanged, or None."""
+    if node.target is SELECT_MODE:
+        train, evaluation, _ = node.args
+        source = train if train is evaluation else None
+    elif node.target is aten.cat.default:
+        parts = arg(node, "tensors")
+        source = parts[0] if len(parts) == 1 else None
+    elif node.target in _PADS:
+        amounts = arg(node, "pad")
+        source = arg(node, "self") if all(isinstance(n, int) and n == 0 for n in amounts) else None
+    elif node.target is aten.detach.default:
+        source = arg(node, "self")
+        source = None if replace.gradients.flow_through(source) else source
+    else:
+        source = arg(node, "self") if node.target in _CANDIDATES else None
+    if not isinstance(source, torch.fx.Node):
+        return None
+    return source if same_layout(node.meta["val"], source.meta["val"]) else None
 
 
-def _same_shape(node: torch.fx.Node, source: torch.fx.Node) -> bool:
-    """Return whether both have the same sizes for certain; symbolic ones must be the same expression."""
-    a, b = node.meta["val"], source.meta["val"]
-    return _same_type(node, source) and [str(size) for size in a.shape] == [str(size) for size in b.shape]
+def _identity(replace: Replacement, node: torch.fx.Node, source: torch.fx.Node) -> None:
+    readers = list(node.users)
+    returns_itself = node.target in _RETURN_THEMSELVES
+    done = replace.by_value(node, source, why=f"{_name(node)} changes nothing", is_same_object=returns_itself)
+    if done and node.target in _COPIES and replace.memory.is_outside(source):
+        # The strides of an input are the caller's choice, and a view may have lived off the copy.
+        for reader in readers:
+            if reader.target is aten.view.default:
+                args = (source, arg(reader, "size"))
+                new = replace.by_call(reader, aten.reshape.default, args, why=f"{source.name} may have other strides")
+                if new is not None:
+                    _visit(replace, new)
 
 
-def _same_layout(node: torch.fx.Node, source: torch.fx.Node) -> bool:
-    """Return whether strides agree too: a later ``view`` may live off the copy."""
-    a, b = node.meta["val"], source.meta["val"]
-    return _same_shape(node, source) and [str(s) for s in a.stride()] == [str(s) for s in b.stride()]
-
-
-def _whole_slice(node: torch.fx.Node, source: torch.fx.Node) -> bool:
-    start, end, step = (arg(node, name) for name in ("start", "end", "step"))
-    if start not in (0, None) or step != 1:
-        return False
-    size = source.meta["val"].shape[arg(node, "dim")]
-    return end is None or (isinstance(end, int) and (end == _MAX or (isinstance(size, int) and end >= size)))
-
-
-def _no_padding(node: torch.fx.Node, source: torch.fx.Node) -> bool:
-    return all(isinstance(amount, int) and amount == 0 for amount in arg(node, "pad"))
-
-
-_RULES: dict[Any, Callable[[torch.fx.Node, torch.fx.Node], bool]] = {
-    aten.to.dtype: _same_shape,
-    aten.to.device: _same_shape,
-    aten.to.dtype_layout: _same_shape,
-    aten.to.other: _same_shape,
-    aten.type_as.default: _same_shape,
-    aten.contiguous.default: _same_layout,
-    aten.clone.default: _same_layout,
-    aten.alias.default: _same_shape,
-    aten.positive.default: _same_shape,
-    aten.lift_fresh.default: _same_shape,
-    aten.view.default: _same_shape,
-    aten.reshape.default: _same_shape,
-    aten.flatten.using_ints: _same_shape,
-    aten.squeeze.dim: _same_shape,
-    aten.squeeze.default: _same_shape,
-    aten.expand.default: _same_shape,
-    aten.expand_as.default: _same_shape,
-    aten.slice.Tensor: _whole_slice,
-    aten.pad.default: _no_padding,
-    aten.constant_pad_nd.default: _no_padding,
-}
-_DROPOUTS = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}
-
-
-def _permutation(rw: Rewriter, node: torch.fx.Node) -> None:
-    order = axis_order(node)
-    source = arg(node, "self")
-    if order == list(range(len(order))):
-        rw.replace_value(node, source, why="the axes stay in place")
-    elif source.op == "call_function" and source.target in _TRANSPOSES:
-        joined = compose_permutations(axis_order(source), order)
-        origin = arg(source, "self")
-        if joined == list(range(len(joined))):
-            rw.replace_value(node, origin, why=f"undoes {source.name}")
+def _view(replace: Replacement, node: torch.fx.Node) -> None:
+    inner = arg(node, "self")
+    if inner.op != "call_function" or inner.target not in _VIEWS:
+        return
+    origin = arg(inner, "self")
+    if same_layout(node.meta["val"], origin.meta["val"]):
+        replace.by_value(node, origin, why=f"undoes {inner.name}")
+    elif node.target in _SIZED_VIEWS and inner.target in _SIZED_VIEWS:
+        args = (origin, arg(node, _SIZED_VIEWS[node.target]))
+        if replace.keeps_layout(node, aten.reshape.default, args):
+            replace.by_call(node, aten.reshape.default, args, why=f"a view of the view {inner.name}")
         else:
-            rw.replace_call(node, aten.permute.default, (origin, joined), why=f"joined with {source.name}")
+            replace.rw.skip(node, f"{inner.name} copies into another order")
+
+
+def _permutation(replace: Replacement, node: torch.fx.Node) -> None:
+    order, source = axis_order(node), arg(node, "self")
+    if order == list(range(len(order))):
+        replace.by_value(node, source, why="the axes stay in place")
+    elif source.op == "call_function" and source.target in _TRANSPOSES:
+        joined, origin = compose_permutations(axis_order(source), order), arg(source, "self")
+        if joined == list(range(len(joined))):
+            replace.by_value(node, origin, why=f"undoes {source.name}")
+        else:
+            replace.by_call(node, aten.permute.default, (origin, joined), why=f"joined with {source.name}")
 
 
 def axis_order(node: torch.fx.Node) -> list[int]:
@@ -144,9 +173,9 @@ def axis_order(node: torch.fx.Node) -> list[int]:
         return [int(axis) % rank for axis in arg(node, "dims")]
     if node.target is aten.t.default:
         return order[::-1]
-    first, second = ("dim0", "dim1") if node.target is aten.transpose.int else ("axis0", "axis1")
-    if rank:
-        a, b = int(arg(node, first)) % rank, int(arg(node, second)) % rank
+    names = _TRANSPOSES[node.target]
+    if rank and names is not None:
+        a, b = (int(arg(node, name)) % rank for name in names)
         order[a], order[b] = order[b], order[a]
     return order
 

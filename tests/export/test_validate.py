@@ -233,3 +233,8 @@ def test_a_random_output_is_not_called_equal():
     with pytest.raises(fxopt.NumericsError, match=r"draws random numbers \(aten.rand_like.default\)") as caught:
         validate(file, gm)
     assert "test_validate.py" in str(caught.value)
+
+
+def test_an_output_without_a_number_proves_nothing():
+    with pytest.raises(fxopt.NumericsError, match="output 0 is NaN in every element on every input"):
+        to_onnx(captured(lambda x: x.abs().neg().log(), torch.rand(3, 6) + 1))
