@@ -137,7 +137,9 @@ def value_number(node: torch.fx.Node, first: _Table) -> Hashable | None:
             for name, (position, default, _) in argument_positions(node.target).items()
             if position is not None and position >= len(node.args)
         ]
-        if node.target in _COMMUTATIVE and all(isinstance(item, torch.fx.Node) for item in args[:2]):
+        # With alpha, add scales its second operand alone.
+        plain = kwargs.get("alpha", 1) == 1
+        if node.target in _COMMUTATIVE and plain and all(isinstance(item, torch.fx.Node) for item in args[:2]):
             args[:2] = sorted(args[:2], key=lambda source: first[source].name)
     try:
         key = (node.target, _key(args, first), _key(kwargs, first), _key(node.meta.get("modes", {}), first))

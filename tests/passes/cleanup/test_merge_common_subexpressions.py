@@ -185,3 +185,11 @@ def test_one_site_alone_can_be_left_out() -> None:
     assert sites == {"exp_1", "sin_1"}
     only = MergeCommonSubexpressions()(gm, only=["sin_1"])
     assert (count(only.gm, "exp"), count(only.gm, "sin")) == (2, 1)
+
+
+def test_a_scaled_sum_is_not_the_same_the_other_way_round() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.add(x, y, alpha=2).sin(), torch.add(y, x, alpha=2).cos(), torch.add(x, y, alpha=2).tan()
+
+    result = check_pass(MergeCommonSubexpressions(), function, torch.randn(3), torch.randn(3), changes=1)
+    assert sum("add" in str(node.target) for node in result.gm.graph.nodes) == 2
