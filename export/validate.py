@@ -214,7 +214,10 @@ def _other_values(sample: Sample) -> Sample:
                 return leaf  # a mask, or counts
             spread, middle = float(finite.std()), float(finite.mean())
             drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * (spread or 1.0) + middle
-            return drawn.clamp(float(finite.min()), float(finite.max())).to(leaf.dtype)
+            low, high = float(finite.min()), float(finite.max())
+            # Clamped, many would be the same, and the order of equal values is nobody's promise.
+            inside = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) * (high - low) + low
+            return torch.where((drawn < low) | (drawn > high), inside, drawn).to(leaf.dtype)
         return leaf.flatten()[torch.randperm(leaf.numel(), generator=generator)].view(leaf.shape)
 
     return sample.map(other)

@@ -9,6 +9,7 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fxopt.args import arg, argument_positions
+from fxopt.attributes import get_path
 from fxopt.ops import UPDATE_BUFFER
 
 __all__ = ["has_effect", "is_pure", "is_random", "trains"]
@@ -21,7 +22,16 @@ _ASSERTIONS = {
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 }
-_DROPOUT_PROBABILITY = {aten.scaled_dot_product_attention.default: "dropout_p"}
+_DROPOUT_PROBABILITY = {
+    aten.scaled_dot_product_attention.default: "dropout_p",
+    aten.dropout.default: "p",
+    aten.feature_dropout.default: "p",
+    aten.alpha_dropout.default: "p",
+    aten.lstm.input: "dropout",
+    aten.gru.input: "dropout",
+    aten.rnn_tanh.input: "dropout",
+    aten.rnn_relu.input: "dropout",
+}
 
 
 def trains(node: torch.fx.Node) -> bool | None:
@@ -43,13 +53,13 @@ def is_random(node: torch.fx.Node) -> bool:
         return False
     if isinstance(node.target, HigherOrderOperator):
         return any(is_random(inner) for inner in _regions(node))
-    if not isinstance(node.target, OpOverload):
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
+    # Layers that drop values out draw nothing where the probability is 0.
     probability = _DROPOUT_PROBABILITY.get(node.target)
     if probability is not None:
-        return bool(arg(node, probability)) or any(node.meta.get("modes", {}).get(probability, ()))
+        never = not arg(node, probability) and not any(node.meta.get("modes", {}).get(probability, ()))
+        return not never and trains(node) is not False
     return trains(node) is not False
 
 
@@ -85,6 +95,6 @@ def _regions(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
             yield from body.graph.nodes
 
 
-def _body(branch: torch.fx.Node) -> torch.nn.Module | None:
+def _body(branch: torch.fx.Node) -> object:
     owner = branch.graph.owning_module
-    return owner.get_submodule(str(branch.target)) if owner is not None else None
+    return get_path(owner, str(branch.target)) if owner is not None else None

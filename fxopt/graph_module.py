@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import gc
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,10 +124,12 @@ class CapturedModule(torch.fx.GraphModule):
         The copy costs no code generation: a graph and its copy run the same code.
         """
         memo: dict[int, Any] = {}
-        return _clone(self, memo, copy_tensors)  # type: ignore[no-any-return]  # _clone returns what it is given
+        with _collector_paused():
+            return _clone(self, memo, copy_tensors)  # type: ignore[no-any-return]  # _clone returns what it is given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        return _clone(self, memo, copy_tensors=True)  # type: ignore[no-any-return]  # _clone returns what it is given
+        with _collector_paused():
+            return _clone(self, memo, copy_tensors=True)  # type: ignore[no-any-return]  # _clone returns what it is given
 
     def __reduce__(self) -> Any:
         from fxopt.serialize import from_bytes, to_bytes
@@ -285,6 +289,18 @@ def _check_inputs(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[st
 def _is_traced(args: tuple[Any, ...]) -> bool:
     leaves = pytree.tree_leaves(args)
     return any(isinstance(leaf, torch.fx.Proxy | torch._subclasses.FakeTensor) for leaf in leaves)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Make many objects that all stay: looking for garbage among them meanwhile takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
