@@ -22,7 +22,7 @@ from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Optimization, Session
 from fxopt.freeze import frozen
 from fxopt.graph_module import CapturedModule
-from fxopt.numerics import Reference, measure, reference, surely_rounding, violation
+from fxopt.numerics import Reference, largest_noise, measure, reference, surely_rounding, violation
 
 __all__ = ["ValidationReport", "validate", "validate_file"]
 
@@ -266,6 +266,8 @@ class _Judge:
         problem = violation(self._contract, want, have, precise, noise)
         if problem is not None:
             noise += kernel_noise(self._gm, self._case.leaves)[place]
+            if isinstance(precise, torch.Tensor) and want.is_floating_point():
+                noise = min(noise, largest_noise(want, precise))
             problem = violation(self._contract, want, have, precise, noise)
         return problem
 

@@ -23,7 +23,16 @@ from torch.utils import _pytree as pytree
 from fxopt.contracts import METRICS, Contract
 from fxopt.effects import is_random
 
-__all__ = ["Errors", "Reference", "measure", "reference", "run_float64", "surely_rounding", "violation"]
+__all__ = [
+    "Errors",
+    "Reference",
+    "largest_noise",
+    "measure",
+    "reference",
+    "run_float64",
+    "surely_rounding",
+    "violation",
+]
 
 _FLOOR_EPS = 4.0
 _WIDER = {
@@ -207,9 +216,18 @@ def _noise(output: Any, precise: Any) -> float:
     measured = measure(precise[finite].to(_WIDER.get(output.dtype, output.dtype)), output[finite]).max_abs
     scale = float(precise[finite].abs().max())
     eps = torch.finfo(output.dtype).eps
-    # Half of all digits lost is no rounding error any more: the float64 run computed something else, or amplifies
-    # whatever it is given, and a bound as wide as that would let anything pass.
-    return min(max(measured, _FLOOR_EPS * eps * scale), math.sqrt(eps) * scale)
+    return min(max(measured, _FLOOR_EPS * eps * scale), largest_noise(output, precise))
+
+
+def largest_noise(output: torch.Tensor, precise: torch.Tensor) -> float:
+    """Return the most that counts as rounding error of an output, in its own unit: half of all its digits.
+
+    A graph that loses more amplifies whatever it is given, or its float64 run computes something else. A bound as wide
+    as that would let anything pass.
+    """
+    finite = precise[precise.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return math.sqrt(torch.finfo(output.dtype).eps) * scale
 
 
 def surely_rounding(want: torch.Tensor, got: torch.Tensor, factor: float) -> bool:

@@ -238,3 +238,15 @@ def test_a_random_output_is_not_called_equal():
 def test_an_output_without_a_number_proves_nothing():
     with pytest.raises(fxopt.NumericsError, match="output 0 is NaN in every element on every input"):
         to_onnx(captured(lambda x: x.abs().neg().log(), torch.rand(3, 6) + 1))
+
+
+def test_a_graph_that_drowns_in_rounding_proves_nothing():
+    def chaotic(x):
+        for _ in range(60):
+            x = 3.9 * x * (1 - x) + 1e-9 * torch.tanh(x)
+        return x
+
+    right, wrong = (captured(lambda x, k=k: chaotic(x * k), torch.rand(8, 8)) for k in (1.0, 0.5))
+    file = to_onnx(right, validate=False)
+    with pytest.raises(fxopt.NumericsError, match="ROUNDING bound"):
+        validate(file, wrong)
