@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
-from fxopt.args import shape_text
+from fxopt.args import arg, shape_text
 from fxopt.contracts import Contract
 from fxopt.effects import is_pure
 from fxopt.graph_module import graph_modules
@@ -34,6 +34,11 @@ aten = torch.ops.aten
 _UNINITIALIZED = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_permuted.default, aten.empty_strided.default,
     aten.new_empty.default, aten.new_empty_strided.default,
+}  # fmt: skip
+# What these read of their argument is its type and its sizes, no element of it.
+_LIKE = {
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
 }  # fmt: skip
 _LARGEST_STEP_BYTES = 2**28  # no intermediate result above this is computed, whatever comes of it in the end
 
@@ -125,7 +130,7 @@ class _Constants:
     def _is_foldable(self, node: torch.fx.Node) -> bool:
         if "modes" in node.meta or node.target in _UNINITIALIZED or not is_pure(node):
             return False
-        if not all(source in self.known for source in node.all_input_nodes) or bytes_of(node) > _LARGEST_STEP_BYTES:
+        if not all(source in self.known for source in sources_of(node)) or bytes_of(node) > _LARGEST_STEP_BYTES:
             return False
         return isinstance(node.target, OpOverload) or getattr(node.target, "__module__", "") in ("_operator", "math")
 
@@ -141,7 +146,7 @@ class _Constants:
         stack = [node]
         while stack:
             current = stack[-1]
-            missing = [source for source in current.all_input_nodes if source not in self._values]
+            missing = [source for source in sources_of(current) if source not in self._values]
             if missing and current.op == "call_function" and current not in self._values:
                 stack += missing
                 continue
@@ -153,7 +158,10 @@ class _Constants:
     def _compute(self, node: torch.fx.Node) -> Any:
         if node.op == "get_attr":
             return self.rw.tensor(node).detach()
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: self._values[source])
+        elements = set(sources_of(node))
+        args, kwargs = torch.fx.map_arg(
+            (node.args, node.kwargs), lambda source: self._values[source] if source in elements else _blank(source)
+        )
         with torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes have a callable target
 
@@ -161,7 +169,7 @@ class _Constants:
         """Return the bytes of the attributes that nobody else reads once the call is folded."""
         total, stack, seen = 0, [node], set()
         while stack:
-            for source in stack.pop().all_input_nodes:
+            for source in sources_of(stack.pop()):
                 if source in seen or len(source.users) > 1:
                     continue
                 seen.add(source)
@@ -170,6 +178,28 @@ class _Constants:
                 else:
                     stack.append(source)
         return total
+
+
+def sources_of(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Return the nodes on whose elements the node's result depends."""
+    sources = list(node.all_input_nodes)
+    if node.target in _LIKE and has_fixed_sizes(node):
+        sources.remove(arg(node, "self"))
+    return sources
+
+
+def has_fixed_sizes(node: torch.fx.Node) -> bool:
+    """Return whether a node yields a tensor none of whose sizes is dynamic."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and all(isinstance(size, int) for size in value.shape)
+
+
+def _blank(node: torch.fx.Node) -> torch.Tensor:
+    """Return a tensor of the type of a node, and of its sizes where these are fixed, with any elements."""
+    value = node.meta["val"]
+    if not has_fixed_sizes(node):
+        return torch.empty(0, dtype=value.dtype, device=value.device)
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _fold_number(rw: Rewriter, node: torch.fx.Node, number: Any) -> None:

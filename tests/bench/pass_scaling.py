@@ -99,9 +99,7 @@ def main(console: Console, *, quick: bool = False) -> None:
     sizes = {size: repeats for size, repeats in SIZES.items() if not quick or size < max(SIZES)}
     with console.status("") as status:
         nodes, spent = measure(sizes, status.update)
-    table = Table(
-        "step", box=box.MARKDOWN, title=f"CPU microseconds per node, by number of nodes (torch {torch.__version__})"
-    )
+    table = Table("step", box=box.MARKDOWN, title="CPU microseconds per node, by number of nodes")
     for count in nodes:
         table.add_column(f"{count:,}", justify="right")
     table.add_column("exponent", justify="right")

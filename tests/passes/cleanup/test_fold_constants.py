@@ -213,3 +213,22 @@ def test_a_branch_keeps_its_values() -> None:
 def test_a_negative_limit_is_refused_before_any_graph_is_touched() -> None:
     with pytest.raises(ValueError, match="max_growth_bytes is -1; wanted 0 or more"):
         FoldConstants(max_growth_bytes=-1)
+
+
+def test_a_mask_made_like_the_input_is_a_constant() -> None:
+    """As shifted windows make theirs: zeros of the input's type, written into piece by piece."""
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        mask = x.new_zeros(4, 4)
+        mask[:2, 2:] = 1
+        return x + mask.masked_fill(mask != 0, -100.0)
+
+    result = check_pass(FoldConstants(), function, torch.randn(2, 4, 4), dynamic_shapes=({0: "batch"},))
+    assert [str(node.target) for node in result.gm.graph.nodes if node.op == "call_function"] == ["aten.add.Tensor"]
+
+
+def test_zeros_of_a_dynamic_size_are_no_constant() -> None:
+    result = check_pass(
+        FoldConstants(), lambda x: x + torch.ones_like(x).cumsum(0), torch.randn(2, 3), dynamic_shapes=({0: "batch"},)
+    )
+    assert not result.modified
