@@ -105,14 +105,15 @@ def _wake(model: nn.Module, side: int) -> None:
         for module in model.modules():
             if isinstance(layer_scale := getattr(module, "layer_scale", None), nn.Parameter):
                 layer_scale.uniform_(0.1, 0.4)  # ConvNeXt starts at 1e-6
-            elif isinstance(module, nn.Linear) and not module.weight.any():
-                module.weight.normal_(0, 0.05)  # ViT's head starts at 0
+            elif isinstance(module, nn.Linear) and module.weight.std() < 0.02:
+                module.weight.normal_(0, 0.05)  # ViT's head starts at 0, those of the MobileNets near it
         for norm in norms:
             norm.weight.uniform_(0.7, 1.3)
             norm.bias.normal_(0, 0.2)
             norm.train().momentum = 1.0
         if norms:
-            model(_images(6, side))
+            # Pictures and noise: on inputs unlike those of the statistics, a deep net amplifies whatever it is given.
+            model(torch.cat([_images(12, side), torch.randn(12, 3, side, side)]))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval().momentum = momentum
             norm.running_var.clamp_(min=1e-3)
