@@ -112,7 +112,7 @@ def latency(files: Sequence[Path], inputs: Sequence[torch.Tensor]) -> tuple[list
 
     Returns:
         The median milliseconds of each, the median ratio of the first to the second, and the greatest difference of
-        their first outputs.
+        their first outputs, as a part of the greatest value.
     """
     sessions = [Session(path, threads=1) for path in files]
     first, second = (session.run(inputs)[0] for session in sessions)
@@ -125,7 +125,8 @@ def latency(files: Sequence[Path], inputs: Sequence[torch.Tensor]) -> tuple[list
             sessions[index].run(inputs)
             times[index].append((time.perf_counter() - started) * 1e3)
     ratio = statistics.median(a / b for a, b in zip(*times, strict=True))
-    return [statistics.median(side) for side in times], ratio, float((first - second).abs().max())
+    difference = float((first - second).abs().max() / second.abs().max())
+    return [statistics.median(side) for side in times], ratio, difference
 
 
 def row(name: str, folder: Path) -> tuple[str, ...]:
