@@ -21,9 +21,9 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fxopt.args import arg, argument_positions
+from fxopt.args import arg, argument_positions, tensor_arg
 from fxopt.attributes import get_path, owner_of
-from fxopt.effects import has_effect
+from fxopt.effects import has_effect, trains
 from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
 
 __all__ = ["Memory", "same_layout"]
@@ -36,6 +36,7 @@ _MAY_COPY = {
     aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default, aten.reshape_as.default, aten.ravel.default,
     aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.type_as.default,
 }  # fmt: skip
+_PASSING_ON = {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default}  # in evaluation
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -137,7 +138,9 @@ def shared_arguments(node: torch.fx.Node) -> Iterator[torch.fx.Node]:
         viewed = [a.name for a in node.target._schema.arguments if a.alias_info and not a.alias_info.is_write]
         for name in viewed:
             yield from (item for item in _listed(arg(node, name)) if isinstance(item, torch.fx.Node))
-        if not viewed:
+        if node.target in _PASSING_ON and not trains(node):
+            yield tensor_arg(node, "input")  # torch 2.13 traces a copy here, and runs none
+        elif not viewed:
             own = _storages(node)
             yield from (source for source in node.all_input_nodes if own & _storages(source))
 
