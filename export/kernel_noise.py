@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt.capture import isolated
+from fxopt.isolation import isolated
 from fxopt.numerics import measure
 
 __all__ = ["kernel_noise"]

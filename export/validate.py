@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from fxopt import args
-from fxopt.capture import isolated
 from fxopt.contracts import METRICS, Contract
 from fxopt.dimensions import Sample
 from fxopt.effects import is_random
@@ -22,6 +21,7 @@ from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Optimization, Session
 from fxopt.freeze import frozen
 from fxopt.graph_module import CapturedModule
+from fxopt.isolation import isolated
 from fxopt.numerics import Reference, largest_noise, measure, reference, surely_rounding, violation
 
 __all__ = ["ValidationReport", "validate", "validate_file"]

@@ -4,6 +4,7 @@ from fxopt.args import arg, module_path, source_line, tensor_arg
 from fxopt.capture import capture
 from fxopt.changes import Change, Skip
 from fxopt.contracts import Contract
+from fxopt.control_flow import CaptureWarning
 from fxopt.dimensions import Dimension, Sample
 from fxopt.errors import (
     CaptureError,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "CaptureWarning",
     "CapturedModule",
     "Change",
     "Contract",

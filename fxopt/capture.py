@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt.args import dtype, shape_text, size_text, source_line
+from fxopt.args import dtype, shape_text, size_text
 from fxopt.attributes import attach
+from fxopt.control_flow import fold_regions
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
+from fxopt.eager import compare, compare_other_ways, run_eagerly
+from fxopt.eager_control_flow import holds_control_flow
 from fxopt.errors import CaptureError, describe
 from fxopt.function_module import as_module
 from fxopt.graph_module import CapturedModule, InputSpec
 from fxopt.modes import Unmergeable, merge_modes
-from fxopt.numerics import measure
-from fxopt.trace import Trace, trace, unlift, user_location
+from fxopt.trace import Trace, trace, unlift
 
 __all__ = ["capture"]
 
@@ -67,7 +69,9 @@ def capture(
     gm = _traced(module, samples, dynamic_shapes, modes)
     if verify:
         for sample, want in zip(samples, wanted, strict=True):
-            _compare(gm, module, sample, want)
+            compare(gm, module, sample, want)
+        if holds_control_flow(gm):
+            compare_other_ways(gm, module, samples)
     return gm
 
 
@@ -137,58 +141,6 @@ def _check_parameters(model: torch.nn.Module) -> None:
             )
 
 
-def run_eagerly(model: torch.nn.Module, sample: Sample) -> list[Any]:
-    """Return the leaves of the model's outputs, leaving its buffers, the inputs and the random state as they were.
-
-    Raises:
-        CaptureError: the model raises on its own example inputs, or returns something that no graph can.
-    """
-    try:
-        with isolated(model):
-            copy = sample.clone()
-            result = model(*copy.args, **copy.kwargs)
-    except CaptureError:
-        raise
-    except Exception as error:
-        raise CaptureError(
-            describe(
-                f"the model itself raises on the example inputs: {type(error).__name__}: {str(error)[:500]}",
-                source=user_location(error),
-                got=", ".join(shape_text(leaf) for leaf in sample.leaves()),
-                try_="inputs with which model(*args, **kwargs) runs",
-            )
-        ) from error
-    leaves = pytree.tree_leaves(result, is_leaf=lambda leaf: leaf is None)
-    for leaf in leaves:
-        if leaf is not None and not isinstance(leaf, torch.Tensor | bool | int | float):
-            raise CaptureError(
-                describe(
-                    "the model returns something that is neither a tensor nor a number",
-                    got=f"{type(leaf).__name__} {leaf!r}"[:200],
-                    wanted="tensors and numbers, in any nesting of tuples, lists, dicts and registered pytrees",
-                )
-            )
-    return list(leaves)
-
-
-@contextlib.contextmanager
-def isolated(model: torch.nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run with a fixed random state and without gradients; undo what happens to buffers and the random state."""
-    kept = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        with torch.no_grad():
-            for buffer, before in kept.values():
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-
-
 def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes: Any, modes: str) -> CapturedModule:
     found = trace(model, samples[0], dynamic_shapes)
     tensors = _tensors_of(model)
@@ -206,6 +158,7 @@ def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes:
                 valid = "both"
             except (CaptureError, Unmergeable) as error:
                 reason = f"tracing it in {there} mode gave: {error}"
+    found.graph = fold_regions(found.graph, found.root, found.sites)
     gm = _assemble(found, tensors, samples, persistent=set(model.state_dict()))
     gm.modes, gm.modes_reason = valid, reason  # type: ignore[assignment]  # one of the three texts, by its origin
     gm.training = model.training
@@ -341,40 +294,3 @@ def _trains(node: torch.fx.Node) -> bool:
     from fxopt.args import arg
 
     return any(arg(node, flag) is True for flag in flags)
-
-
-def _compare(gm: CapturedModule, model: torch.nn.Module, sample: Sample, want: Sequence[Any]) -> None:
-    with isolated(gm):
-        copy = sample.clone()
-        got = gm.flat_outputs(*copy.args, **copy.kwargs)
-    problem = None
-    for index, (w, g) in enumerate(zip(want, got, strict=True)):
-        if not isinstance(w, torch.Tensor):
-            problem = None if w == g else f"got {g!r}, wanted {w!r}"
-        elif w.shape != g.shape or w.dtype != g.dtype:
-            problem = f"got {shape_text(g)}, wanted {shape_text(w)}"
-        elif not _same_up_to_rounding(w, g):
-            worst = measure(w, g).worst_flat
-            problem = f"got {g.flatten()[worst].item()}, wanted {w.flatten()[worst].item()}"
-        if problem:
-            node = gm.graph.output_node().args[0][index]  # type: ignore[index]  # outputs are one tuple
-            again = run_eagerly(model, sample)[index]
-            steady = isinstance(w, torch.Tensor) and _same_up_to_rounding(w, again)
-            raise CaptureError(
-                describe(
-                    f"the captured graph computes something else than the model: output {index}: {problem}",
-                    source=source_line(node) if isinstance(node, torch.fx.Node) else None,
-                    because=None if steady else "the model itself gives another result each time it is run",
-                    try_="state that forward() keeps in Python (counters, caches) must become buffers or arguments",
-                )
-            )
-
-
-def _same_up_to_rounding(want: torch.Tensor, got: torch.Tensor) -> bool:
-    if torch.equal(want, got):
-        return True
-    if not want.is_floating_point():
-        return False
-    scale = float(want.detach().nan_to_num().abs().max())
-    same_holes = torch.equal(want.isnan(), got.isnan())
-    return same_holes and measure(want, got).max_abs <= 64 * torch.finfo(want.dtype).eps * scale

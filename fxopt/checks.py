@@ -10,8 +10,8 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 
 from fxopt.attributes import hasattr_path
+from fxopt.effects import is_in_place
 from fxopt.errors import InvariantError, describe
-from fxopt.functionalize import is_in_place
 from fxopt.graph_module import CapturedModule, graph_modules
 
 __all__ = ["INVARIANTS", "fingerprint", "verify"]

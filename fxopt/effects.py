@@ -12,7 +12,7 @@ from fxopt.args import arg, argument_positions
 from fxopt.attributes import get_path
 from fxopt.ops import UPDATE_BUFFER
 
-__all__ = ["has_effect", "is_pure", "is_random", "trains"]
+__all__ = ["has_effect", "is_in_place", "is_pure", "is_random", "trains"]
 
 aten = torch.ops.aten
 _ASSERTIONS = {
@@ -81,6 +81,11 @@ def has_effect(node: torch.fx.Node) -> bool:
         getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins")
         and node.target is not operator.getitem
     )
+
+
+def is_in_place(target: object) -> bool:
+    """Return whether calling ``target`` writes into one of its arguments."""
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target is not UPDATE_BUFFER
 
 
 def is_pure(node: torch.fx.Node) -> bool:

@@ -13,6 +13,7 @@ Writes into buffers become one ``fxopt.update_buffer`` at the end. Writes into i
 
 from __future__ import annotations
 
+import itertools
 import operator
 from typing import Any
 
@@ -22,11 +23,13 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.args import arg, source_line
+from fxopt.effects import is_in_place
 from fxopt.errors import CaptureError, describe
+from fxopt.functional_regions import RegionWrites
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.view_inverses import PART_INVERSES, VIEW_INVERSES
 
-__all__ = ["functionalize", "is_in_place"]
+__all__ = ["functionalize"]
 
 aten = torch.ops.aten
 _METADATA_ONLY = {
@@ -83,11 +86,6 @@ _RESHAPING = {
 }
 
 
-def is_in_place(target: Any) -> bool:
-    """Return whether calling ``target`` writes into one of its arguments."""
-    return isinstance(target, OpOverload) and target._schema.is_mutable and target is not UPDATE_BUFFER
-
-
 def functionalize(graph: torch.fx.Graph, kinds: dict[str, str]) -> torch.fx.Graph:
     """Return the functional form of ``graph``; the graph itself if nothing in it writes.
 
@@ -115,9 +113,12 @@ class Functionalizer:
         self.base_of: dict[torch.fx.Node, torch.fx.Node] = {}
         self.parent_of: dict[torch.fx.Node, torch.fx.Node] = {}
         self.version: dict[torch.fx.Node, int] = {}
+        self.clock = itertools.count(1)  # one for all: the sides of a branch must not count alike
         self.seen: dict[torch.fx.Node, int] = {}
         self.owner: dict[StorageWeakRef, torch.fx.Node] = {}
         self.written: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.written_at: dict[torch.fx.Node, torch.fx.Node] = {}
+        self.regions = RegionWrites(self)
 
     def run(self) -> torch.fx.Graph:
         for node in self.old.nodes:
@@ -126,11 +127,12 @@ class Functionalizer:
                 self.graph.output(torch.fx.map_arg(node.args[0], self.current)).meta = dict(node.meta)
             elif node.op == "call_function" and is_in_place(node.target):
                 self._mutate(node)
-            else:
-                self._copy(node)
+            elif not self.regions.copy(node):
+                self.copy_plainly(node)
         return self.graph
 
-    def _copy(self, node: torch.fx.Node) -> None:
+    def copy_plainly(self, node: torch.fx.Node) -> None:
+        """Copy a node that writes nothing."""
         self.new[node] = self.graph.node_copy(node, self.current)
         self.new[node].meta = dict(node.meta)
         self._track(node)
@@ -190,7 +192,7 @@ class Functionalizer:
             )
         victim = arg(node, first)
         value = self._functional_value(node, victim, name)
-        self._write(victim, value, node)
+        self.write(victim, value, node)
         self.new[node] = value
         self.base_of[node] = self.base_of[victim]
         self.parent_of[node] = victim
@@ -228,7 +230,7 @@ class Functionalizer:
             source = self.call(node, aten.expand_as.default, (source, self.current(victim)))
         return source
 
-    def _write(self, victim: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> None:
+    def write(self, victim: torch.fx.Node, value: torch.fx.Node, at: torch.fx.Node) -> None:
         """Make ``value`` the content of ``victim``, up to the base whose memory it is."""
         base = self.base_of[victim]
         while victim is not base:
@@ -241,8 +243,9 @@ class Functionalizer:
             victim = parent
         self._check_writable(base, at)
         self.new[base] = value
-        self.version[base] += 1
+        self.version[base] = next(self.clock)
         self.seen[base] = self.version[base]
+        self.written_at[base] = at
         if base.op == "get_attr":
             self.written[base] = at
 

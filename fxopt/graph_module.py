@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.args import argument_positions, shape_text, size_text
 from fxopt.dimensions import Dimension, Sample, resize
+from fxopt.eager_control_flow import holds_control_flow, run_branches_eagerly
 from fxopt.errors import InputError, InvariantError, ModeError, describe
 
 if TYPE_CHECKING:
@@ -117,6 +118,13 @@ class CapturedModule(torch.fx.GraphModule):
             ):
                 module.recompile()
         return super().train(mode)
+
+    def recompile(self) -> Any:
+        """Bring the code in line with the graph."""
+        code = super().recompile()
+        if holds_control_flow(self):
+            type(self).forward = run_branches_eagerly(type(self).forward)
+        return code
 
     def clone(self, *, copy_tensors: bool = False) -> CapturedModule:
         """Return a copy with a graph of its own; tensors are shared unless ``copy_tensors``.
@@ -313,7 +321,11 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
     new = cls.__new__(cls)
     memo[id(module)] = new
     new.__dict__.update(
-        {key: copy.copy(item) for key, item in module.__dict__.items() if key not in ("_graph", "_modules")}
+        {
+            key: copy.copy(item) if isinstance(item, dict | list | set) else item
+            for key, item in module.__dict__.items()
+            if key not in ("_graph", "_modules")
+        }
     )
     for key in ("_parameters", "_buffers"):
         new.__dict__[key] = {name: _clone_tensor(t, memo, copy_tensors) for name, t in module.__dict__[key].items()}

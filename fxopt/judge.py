@@ -11,6 +11,7 @@ import torch
 from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
+from fxopt.isolation import isolated
 from fxopt.numerics import Reference, measure, reference, surely_rounding, violation
 from fxopt.report import OutputError
 
@@ -233,8 +234,6 @@ def _run_if_possible(gm: CapturedModule, case: Case) -> tuple[Any, ...] | None:
 
 
 def _run(gm: CapturedModule, case: Case) -> tuple[Any, ...]:
-    from fxopt.capture import isolated
-
     with _InMode(gm, case.training), isolated(gm):
         copy = case.sample.clone()
         return gm.flat_outputs(*copy.args, **copy.kwargs)

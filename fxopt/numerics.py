@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.contracts import METRICS, Contract
 from fxopt.effects import is_random
+from fxopt.isolation import isolated
 
 __all__ = [
     "Errors",
@@ -169,8 +170,6 @@ def _widen_dtypes(value: Any) -> Any:
 
 def run_float64(gm: torch.fx.GraphModule, leaves: Sequence[Any]) -> tuple[Any, ...] | None:
     """Run ``gm`` in float64 on flat inputs and return the flat outputs; None if some operator has no double form."""
-    from fxopt.capture import isolated
-
     with isolated(gm):
         interpreter = _InFloat64(gm)
         try:

@@ -12,13 +12,15 @@ import io
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from fxopt.control_flow import drop_trials, trace_with_branches
+from fxopt.control_flow.session import Site
 from fxopt.dimensions import Sample, bind_arguments, enlarged, named_dynamic_shapes
 from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
@@ -42,6 +44,7 @@ class Trace:
         ranges: ``{symbol: (min, max or None)}`` of the dynamic sizes.
         names: ``{symbol: user's name}`` where the user gave one.
         training: Whether any module's ``training`` flag was read.
+        sites: File, line and function of each branch and loop on values that the graph marks.
     """
 
     graph: torch.fx.Graph
@@ -50,6 +53,7 @@ class Trace:
     ranges: dict[str, tuple[int, int | None]]
     names: dict[str, str]
     training: bool = False
+    sites: dict[int, Site] = dataclasses.field(default_factory=dict)
 
 
 def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
@@ -63,16 +67,51 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     sample = enlarged(sample, arguments, shapes)
     arguments = bind_arguments(model.forward, sample)
     reads: list[str] = []
-    try:
+
+    def program() -> torch.export.ExportedProgram:
+        reads.clear()
         with _quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
-            program = torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
+
+    exported, sites = _exported(model, program)
+    found = unlift(exported, _asked_names(shapes, exported, arguments))
+    found.training, found.sites = bool(reads), sites
+    return found
+
+
+def _exported(
+    model: torch.nn.Module, program: Callable[[], torch.export.ExportedProgram]
+) -> tuple[torch.export.ExportedProgram, dict[int, Site]]:
+    """Return the program, and its branches and loops on values, if torch cannot trace the model without them."""
+    try:
+        return program(), {}
+    except FxoptError:
+        raise
+    except Exception as error:
+        if not asks_for_values(error):
+            raise _explained(error) from error
+        first = error
+    try:
+        exported, session = trace_with_branches(model, program)
     except FxoptError:
         raise
     except Exception as error:
         raise _explained(error) from error
-    found = unlift(program, _asked_names(shapes, program, arguments))
-    found.training = bool(reads)
-    return found
+    if not session.sites:
+        raise _explained(first) from first
+    return exported, session.sites
+
+
+def asks_for_values(error: Exception) -> bool:
+    """Return whether a trace failed because Python code decides on the value of a tensor or a dynamic size."""
+    text = str(error)
+    return (
+        isinstance(error, GuardOnDataDependentSymNode)
+        or "data-dependent" in text[:400]
+        or "onstraints violated" in text
+        or "specialized" in text[:600]
+        or "Boolean value of Tensor with more than one value" in text
+    )
 
 
 def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None = None) -> Trace:
@@ -89,6 +128,7 @@ def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None =
     for node in list(graph.nodes):
         if _is_noise(node):
             graph.erase_node(node)
+    drop_trials(graph)
     for module in root.modules():
         if isinstance(module, torch.fx.GraphModule) and module is not root:
             module.graph = functionalize(module.graph, {})

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxopt
 from fxopt import Contract
-from fxopt.capture import isolated
+from fxopt.isolation import isolated
 from fxopt.numerics import measure, reference, run_float64, violation
 
 FLOATS = st.floats(-1e6, 1e6, width=32)

@@ -1,0 +1,40 @@
+"""What is asked of a value: whether it is known while tracing, and its truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxopt.control_flow.scalars import TracedNumber, as_number
+from fxopt.control_flow.session import Where, refusal, session
+
+__all__ = ["is_known", "is_traced", "truth"]
+
+
+def is_traced(value: Any) -> bool:
+    """Return whether a value's truth is known only when the graph runs."""
+    if isinstance(value, torch.SymBool | torch.SymInt | torch.SymFloat):
+        return value.node.is_symbolic() and not value.node.expr.is_number if hasattr(value.node, "expr") else True
+    return isinstance(value, torch.Tensor | TracedNumber)
+
+
+def is_known(value: Any) -> bool:
+    """Return whether the truth of a condition on sizes follows from their ranges."""
+    condition = value if isinstance(value, torch.SymBool) else value != 0
+    return statically_known_true(condition) or statically_known_true(torch.sym_not(condition))
+
+
+def truth(value: Any, at: Where) -> torch.Tensor:
+    """Return what ``bool(value)`` would be, as a bool tensor without dimensions."""
+    if isinstance(value, torch.SymBool):
+        return session().size_predicate(value)
+    if isinstance(value, torch.Tensor) and value.numel() != 1:
+        raise refusal(
+            "a branch asks for the truth of a tensor that has more than one element",
+            at,
+            got=f"shape {tuple(value.shape)}",
+            try_="any() or all() of the tensor, or torch.where to choose element by element",
+        )
+    return as_number(value).as_kind(bool).tensor

@@ -1,0 +1,224 @@
+"""Trace a model whose Python code branches on values: rewrite the functions that do, and only those."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch._export import non_strict_utils
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxopt.control_flow import runtime
+from fxopt.control_flow.convert import RUNTIME, converted_code
+from fxopt.control_flow.heap import Heap
+from fxopt.control_flow.indexing import get_item, set_item
+from fxopt.control_flow.jumps import Unsupported
+from fxopt.control_flow.questions import is_known, is_traced
+from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number, result_tensor
+from fxopt.control_flow.session import Raised, Session, refusal, running
+from fxopt.control_flow.source import NoSource, asking_frame, definition, functions_of, is_library
+
+__all__ = ["trace_with_branches"]
+
+Result = TypeVar("Result")
+_MOST_REWRITTEN = 200
+
+
+def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tuple[Result, Session]:
+    """Return what ``run`` returns, which traces ``model``, and the branches and loops that the trace holds.
+
+    Raises:
+        CaptureError: a branch or loop on values that no graph can hold; the message names its line.
+    """
+    rewritten = _Rewritten()
+    modules = list(model.modules())
+    try:
+        while True:
+            current, state = Session(modules), Heap([], [], modules)
+            try:
+                with running(current), _values_asked():
+                    return run(), current
+            except Undecided as asked:
+                rewritten.add(asked)
+            except Raised as raised:
+                raise raised.error from None
+            finally:
+                state.restore()
+    finally:
+        rewritten.undo()
+
+
+class _Rewritten:
+    """The functions whose code is replaced for the time of a trace."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[types.FunctionType, types.CodeType]] = []
+        self.codes: dict[types.CodeType, types.CodeType] = {}
+        self.globals: list[dict[str, Any]] = []
+
+    def add(self, asked: Undecided) -> None:
+        """Rewrite the function in which Python asked for a value.
+
+        Raises:
+            CaptureError: it cannot be rewritten, or it is already and asks all the same.
+        """
+        frames = list(_frames(asked))
+        if not frames:
+            raise asked
+        at = (frames[0][0].co_filename, frames[0][1], frames[0][0].co_name)
+        for code, _ in frames:
+            if code in self.codes.values():
+                break
+            if code not in self.codes and (functions := functions_of(code)) and len(self.codes) < _MOST_REWRITTEN:
+                self._replace(code, functions, at)
+                return
+            if code not in self.codes:
+                break
+            # A function made anew at each call: the one that makes it is the one to rewrite.
+        raise refusal(
+            f"Python asks for {asked.what} in a place that cannot be rewritten",
+            at,
+            try_="an if statement, a while loop or torch.where there, "
+            "instead of a comprehension's condition or a call that wants a plain number",
+        )
+
+    def _replace(self, code: types.CodeType, functions: list[types.FunctionType], at: tuple[str, int, str]) -> None:
+        try:
+            new = converted_code(definition(code), code)
+        except Unsupported as unsupported:
+            raise refusal(
+                f"a function that branches on the value of a tensor holds {unsupported}",
+                (at[0], unsupported.line or at[1], at[2]),
+                try_="a plain if, while or for statement",
+            ) from None
+        except NoSource as missing:
+            raise refusal(
+                f"a function branches on the value of a tensor, and cannot be rewritten: {missing}",
+                at,
+                try_="the function in a file of its own, or torch.where, or torch.cond",
+            ) from None
+        self.codes[code] = new
+        for function in functions:
+            self.kept.append((function, code))
+            function.__code__ = new
+            if RUNTIME not in function.__globals__:
+                function.__globals__[RUNTIME] = runtime
+                self.globals.append(function.__globals__)
+
+    def undo(self) -> None:
+        """Give every function its own code back."""
+        for function, code in self.kept:
+            function.__code__ = code
+        for table in self.globals:
+            table.pop(RUNTIME, None)
+
+
+def _frames(asked: Undecided) -> Iterator[tuple[types.CodeType, int]]:
+    """Yield the user's functions on the stack when a value was asked for, the innermost first."""
+    trace = asked.__traceback__
+    found: list[tuple[types.CodeType, int]] = []
+    while trace is not None:
+        frame = asking_frame(trace.tb_frame)
+        if frame is trace.tb_frame:
+            found.append((frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    yield from reversed(found)
+
+
+@contextlib.contextmanager
+def _values_asked() -> Iterator[None]:
+    """Answer questions for values with numbers that stay in the graph, and refuse to guess the truth of one."""
+    kept: dict[Any, Any] = {cls: cls.__bool__ for cls in (torch.SymBool, torch.SymInt)}
+
+    def truth_of(cls: Any) -> Callable[[Any], bool]:
+        def asked(self: Any) -> bool:
+            if is_traced(self) and not is_library(sys._getframe(1).f_code) and not is_known(self):
+                raise Undecided("the truth of a condition on a dynamic size")
+            return bool(kept[cls](self))
+
+        return asked
+
+    for cls in kept:
+        cls.__bool__ = truth_of(cls)
+    try:
+        with _ValuesAsked():
+            yield
+    finally:
+        for cls, method in kept.items():
+            cls.__bool__ = method
+
+
+_ASKING = {
+    torch.Tensor.__bool__: "the truth of a tensor",
+    torch.Tensor.__int__: "a tensor as an int",
+    torch.Tensor.__float__: "a tensor as a float",
+    torch.Tensor.__index__: "a tensor as an index",
+}
+_BY_VALUE = {
+    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "true_divide", "floordiv", "floor_divide",
+    "mod", "remainder", "fmod", "pow", "eq", "ne", "lt", "le", "gt", "ge", "less", "greater", "where", "maximum",
+    "minimum", "logical_and", "logical_or", "and", "or", "xor", "clamp", "clip", "lerp", "masked_fill",
+    "fill_", "fill",
+}  # fmt: skip
+
+
+class _ValuesAsked(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not is_library(_caller()):
+            if func in _ASKING:
+                raise Undecided(_ASKING[func])
+            if func is torch.Tensor.item:
+                return as_number(args[0])
+        numbers = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, TracedNumber)]
+        if not numbers:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__getitem__":
+            return get_item(*args)
+        if name == "__setitem__":
+            return set_item(*args)
+        if name in ("tensor", "as_tensor") and isinstance(args[0], TracedNumber):
+            return _as_tensor(args[0], **kwargs)
+        bare = name.strip("_")
+        by_value = name in _BY_VALUE or bare in _BY_VALUE or bare[1:] in _BY_VALUE
+        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+        def plain(leaf: Any) -> Any:
+            if not isinstance(leaf, TracedNumber):
+                return leaf
+            return result_tensor(leaf, *tensors) if by_value and tensors else leaf.symbolic()
+
+        args, kwargs = _mapped(plain, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _caller() -> types.CodeType:
+    """Return the code that called the function which is being intercepted."""
+    frame = sys._getframe(2)
+    # Other modes stand between: torch.export has one inside this one, and fake tensors take tolist() apart.
+    while frame.f_back is not None and (
+        frame.f_code.co_filename == non_strict_utils.__file__
+        or frame.f_code.co_name in ("__torch_function__", "tolist")
+        or (frame.f_code.co_name == "<listcomp>" and frame.f_back.f_code.co_name == "tolist")
+    ):
+        frame = frame.f_back
+    return frame.f_code
+
+
+def _leaves(value: Any) -> list[Any]:
+    return pytree.tree_leaves(value)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    return pytree.tree_map(function, value)
+
+
+def _as_tensor(number: TracedNumber, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+    default = torch.get_default_dtype() if number.kind is float else number.tensor.dtype
+    return number.tensor.to(dtype or default)

@@ -1,0 +1,72 @@
+"""Run ``cond`` and ``while_loop`` of a captured graph in eager mode: as the Python branch that they were.
+
+torch runs them there by tracing both sides, and a backward graph, at every call. The side that is taken is run
+directly instead: autograd records it as it records any Python code, dropout draws once, batch norm updates its
+statistics only where it runs, and a branch costs no more than an ``if``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+__all__ = ["COND", "WHILE_LOOP", "holds_control_flow", "run_branches_eagerly"]
+
+COND, WHILE_LOOP = torch.ops.higher_order.cond, torch.ops.higher_order.while_loop
+
+
+def holds_control_flow(gm: torch.fx.GraphModule) -> bool:
+    """Return whether the graph branches or loops, in itself or in a graph inside it."""
+    return any(node.target is COND or node.target is WHILE_LOOP for node in gm.graph.nodes)
+
+
+def run_branches_eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward`` with its branches run directly, unless it is being traced or compiled."""
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
+            return forward(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, torch.fx.Proxy | torch._subclasses.FakeTensor) for leaf in leaves):
+            return forward(*args, **kwargs)
+        with _EagerControlFlow():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+class _EagerControlFlow(TorchFunctionMode):
+    """While active, ``cond`` calls the side that its predicate picks, and ``while_loop`` turns in Python."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is COND:
+            with self:
+                return _cond(*args, **(kwargs or {}))
+        if func is WHILE_LOOP:
+            with self:
+                return _while_loop(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _cond(
+    predicate: Any, when_true: Callable[..., Any], when_false: Callable[..., Any], operands: tuple[Any, ...] = ()
+) -> Any:
+    return (when_true if predicate else when_false)(*operands)
+
+
+def _while_loop(
+    asks: Callable[..., Any], body: Callable[..., Any], carried: tuple[Any, ...], constants: tuple[Any, ...] = ()
+) -> Any:
+    while _single(asks(*carried, *constants)):
+        carried = body(*carried, *constants)
+    return tuple(carried)
+
+
+def _single(answer: Any) -> bool:
+    return bool(answer[0] if isinstance(answer, tuple | list) else answer)

@@ -1,0 +1,28 @@
+"""Run a model or graph so that nothing of the run is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+__all__ = ["isolated"]
+
+
+@contextlib.contextmanager
+def isolated(model: torch.nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run with a fixed random state and without gradients; undo what happens to buffers and the random state."""
+    kept = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        with torch.no_grad():
+            for buffer, before in kept.values():
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
