@@ -203,6 +203,9 @@ class SizeEmitter:
             return emit("Not", self._call("Equal", expression.args))
         if function is sympy.Pow and expression.exp.is_Integer and expression.exp > 0:
             return self._fold("Mul", [expression.base] * int(expression.exp))
+        if function is sympy.Piecewise and len(expression.args) == 2 and expression.args[1].cond == sympy.true:
+            (first, condition), (second, _) = expression.args
+            return self._call("Where", (condition, first, second))
         if function is symbolic.ToFloat:
             return emit.cast(self.column(expression.args[0]), torch.float64)
         if function in _ROUNDINGS:

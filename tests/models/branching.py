@@ -281,3 +281,14 @@ class Inherited(Gate):
         if x.max() > 1:
             x = super().forward(x)
         return x * self.__scale
+
+
+class SizeBranch(TwoLayers):
+    """Decides on the number of rows, which is dynamic, and then on a value as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 2:
+            x = self.first(x)
+        if x.size(0) % 2 == 0 and x.sum() > 0:
+            return x * 2
+        return x

@@ -78,5 +78,6 @@ PROGRAMS: dict[str, Program] = {
     "loops in a loop": Program(looping.NestedLoops, lambda s: (*batched(s), N(s)), ({0: "batch"}, None)),
     "closure": Program(branching.Closure, batched, ({0: "batch"},)),
     "super and private names": Program(branching.Inherited, batched, ({0: "batch"},)),
+    "branch on a size": Program(branching.SizeBranch, batched, ({0: "batch"},)),
     "newton": Program(looping.LoopMany, batched, ({0: "batch"},)),
 }  # fmt: skip

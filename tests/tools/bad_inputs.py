@@ -179,7 +179,7 @@ BAD_INPUTS = (
     BadInput("model of an unknown format", f"optimize weights.bin {_OK}", USAGE, "weights.bin is not a saved graph"),
     BadInput("buffer of NaN", f"optimize models.py:Diverged {_OK}", USAGE, "buffer 'mean' holds NaN"),
     BadInput("weights of NaN", f"optimize models.py:broken {_OK}", USAGE, "'linear.weight' holds NaN"),
-    BadInput("branch whose sides differ in shape", f"optimize models.py:Branch {_OK}", USAGE, "the two sides of a branch cannot"),
+    BadInput("sides of two shapes", f"optimize models.py:Branch {_OK}", USAGE, "the two sides of a branch cannot"),
     BadInput("dynamic size that the model fixes", f"optimize models.py:Fixed {_OK}", USAGE, "batch = 2"),
     BadInput(
         "write into an input", f"optimize models.py:WritesInput {_OK}", USAGE, "writes into the model's input 'x'"
