@@ -55,6 +55,7 @@ class Emitter:
         node: The torch.fx node that is being translated.
         out: What that node yields: a FakeTensor, a number, or a tuple of these.
         sizes: Turns symbolic sizes into ONNX values.
+        guards: What must hold for the outputs to be right: one condition of each ``fxopt.guard``.
         inline: Translates a nested GraphModule, its placeholders bound to the given operands, into the current scope
             and returns its outputs.
     """
@@ -68,6 +69,7 @@ class Emitter:
         self.out: Any = None
         self.sizes = SizeEmitter(self)
         self.initializers: dict[str, Value] = {}
+        self.guards: list[Value] = []
         self._constants: dict[Any, Value] = {}
         self._names: set[str] = set()
         self._origin = "graph"

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ from fxopt.capture import capture
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
 from fxopt.export.files import ExternalData, OnnxFile, check_target
+from fxopt.export.guards import GUARD_OUTPUT, has_guards
 from fxopt.export.translate import translate
 from fxopt.export.validate import ValidationReport, validate_file
 from fxopt.graph_module import CapturedModule, graph_modules
@@ -53,6 +54,7 @@ def to_onnx(
     validate: bool = True,
     contract: Contract | None = None,
     metadata: Mapping[str, str] | None = None,
+    guards: Literal["output", "none"] = "output",
 ) -> OnnxFile:
     """Export a graph to ONNX and prove that ONNX Runtime computes the same.
 
@@ -70,6 +72,9 @@ def to_onnx(
         validate: Compare eager PyTorch with ORT on samples and sizes, with ORT's optimizer off and on.
         contract: What the file must keep; see :func:`fxopt.export.validate`.
         metadata: More entries for the model's ``metadata_props``.
+        guards: What becomes of the guards of branches that were specialized: one more output ``guards_hold``, bool
+            without dimensions, which is false where the other outputs are those of a side that the inputs do not ask
+            for; or nothing.
 
     Returns:
         The model with its path, and the validation report if there is one.
@@ -87,7 +92,16 @@ def to_onnx(
     gm = _as_captured(model, example_inputs, dynamic_shapes)
     _refuse_training(gm)
     names = list(output_names) if output_names is not None else list(gm.output_names)
-    ir_model = translate(gm, opset=opset, input_names=input_names, output_names=names, symbol_names=gm.symbol_names)
+    guard_name = GUARD_OUTPUT if guards == "output" and has_guards(gm) else None
+    ir_model = translate(
+        gm,
+        opset=opset,
+        input_names=input_names,
+        output_names=names,
+        symbol_names=gm.symbol_names,
+        guard_name=guard_name,
+    )
+    names += [guard_name] if guard_name else []
     ir_model.producer_version = _version()
     ir_model.metadata_props.update(_metadata(gm) | dict(metadata or {}))
     file = OnnxFile(ir_model, seconds=time.perf_counter() - started)

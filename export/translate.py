@@ -7,6 +7,7 @@ registered with `translates`, onnxscript's torchlib, its own decomposition in Py
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ def translate(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     symbol_names: Mapping[str, str] | None = None,
+    guard_name: str | None = None,
 ) -> ir.Model:
     """Return the ONNX model of a captured graph.
 
@@ -46,6 +48,7 @@ def translate(
         input_names: One name for each tensor input; the names of the placeholders if not given.
         output_names: One name for each tensor or number that the graph returns.
         symbol_names: The user's name of each symbolic size, ``{"s77": "batch"}``.
+        guard_name: Name of the last output, which says whether all guards of the graph hold; None leaves it out.
 
     Raises:
         ExportError: an operator, a type or a size cannot be written as ONNX; the message names node and source line.
@@ -54,7 +57,11 @@ def translate(
     translator.emit.sizes.names.update(symbol_names or {})
     inputs = translator.inputs(input_names, output_names or ())
     results = [leaf for leaf in translator.inline(gm, inputs) if leaf is not None]
-    return translator.model(inputs, results, output_names)
+    names = None if output_names is None else list(output_names)
+    if guard_name is not None and translator.emit.guards:
+        results.append(functools.reduce(lambda a, b: translator.emit("And", a, b), translator.emit.guards))
+        names = None if names is None else [*names, guard_name]
+    return translator.model(inputs, results, names)
 
 
 class _Translator:

@@ -14,8 +14,9 @@ from fxopt import args
 from fxopt.contracts import METRICS, Contract
 from fxopt.dimensions import Sample
 from fxopt.effects import is_random
-from fxopt.errors import ExportError, NumericsError, describe
+from fxopt.errors import ExportError, GuardError, NumericsError, describe
 from fxopt.export.files import OnnxFile
+from fxopt.export.guards import GUARD_OUTPUT, check_guards, has_guards
 from fxopt.export.kernel_noise import kernel_noise
 from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Optimization, Session
@@ -23,6 +24,7 @@ from fxopt.freeze import frozen
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.numerics import Reference, largest_noise, measure, reference, surely_rounding, violation
+from fxopt.regions import holds_control_flow
 
 __all__ = ["ValidationReport", "validate", "validate_file"]
 
@@ -34,12 +36,12 @@ _SIZES = (1, 2, 5)
 class _Case:
     label: str
     leaves: list[Any]
-    outputs: tuple[Any, ...]
+    outputs: tuple[Any, ...] | None  # None where a guard of the graph does not hold
 
     @property
     def wanted(self) -> list[tuple[int, Any]]:
         """The outputs that are not None, with their place."""
-        return [(place, output) for place, output in enumerate(self.outputs) if output is not None]
+        return [(place, output) for place, output in enumerate(self.outputs or ()) if output is not None]
 
 
 def validate(
@@ -89,10 +91,14 @@ def validate_file(
         _check_names(session, gm, names)
     nothing = set(range(len(gm.graph.output_node().args[0])))  # type: ignore[arg-type]  # the flat outputs, a tuple
     for case in _cases(gm, inputs, sizes, report):
+        if case.outputs is None:
+            for session in sessions.values():
+                _check_refused(gm, session, case)
+            continue
         judge = _Judge(gm, case, contract)
         for level, session in sessions.items():
             judge.compare(session, level, report)
-        nothing &= {i for i, value in enumerate(case.outputs) if _holds_no_number(value)}
+        nothing &= {i for i, value in enumerate(case.outputs or ()) if _holds_no_number(value)}
     if not report.results:
         raise ExportError(
             describe("the model could not be validated: no input runs", notes="\n".join(report.notes) or None)
@@ -138,7 +144,8 @@ def _refuse_random(gm: CapturedModule) -> None:
 
 
 def _check_names(session: Session, gm: CapturedModule, names: Sequence[str] | None) -> None:
-    wanted = len(gm.output_names) if names is None else len(names)
+    guarded = GUARD_OUTPUT in session.output_names and has_guards(gm)
+    wanted = len(gm.output_names) + guarded if names is None else len(names)
     got = session.output_names
     if len(got) != wanted or (names is not None and list(got) != list(names)):
         raise NumericsError(
@@ -159,6 +166,13 @@ def _check_names(session: Session, gm: CapturedModule, names: Sequence[str] | No
         )
 
 
+def _check_refused(gm: CapturedModule, session: Session, case: _Case) -> None:
+    """Check that the file says so where the graph refuses an input, if it has an output to say it with."""
+    if session.output_names[-1] == GUARD_OUTPUT:
+        got = session.run([leaf for leaf in case.leaves if isinstance(leaf, torch.Tensor)])
+        check_guards(gm, session, case.label, got[-1], wanted=False)
+
+
 # -- what to compare on ----------------------------------------------------------------------------------------------
 
 
@@ -170,6 +184,10 @@ def _cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report
             copy = sample.clone()
             with isolated(gm):
                 outputs = gm.flat_outputs(*copy.args, **dict(copy.kwargs))
+        except GuardError:
+            report.notes.append(f"not compared on {label}: a guard of the graph does not hold")
+            yield _Case(label, leaves, None)
+            continue
         except Exception as error:
             report.notes.append(
                 f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
@@ -186,6 +204,9 @@ def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> I
         return
     if inputs is None:
         yield "other values", _other_values(given[0])
+    if inputs is None and (holds_control_flow(gm) or has_guards(gm)):
+        for factor in (0.1, 10.0, -1.0):
+            yield f"sample 0 times {factor:g}", given[0].scaled(factor)
     if not sizes or not gm.dims:
         return
     seen = {tuple(sorted(gm.sizes_of(sample.leaves()).items())) for sample in given}
@@ -245,8 +266,10 @@ class _Judge:
         Raises:
             NumericsError: an output breaks the contract.
         """
-        got = session.run([leaf for leaf in self._case.leaves if isinstance(leaf, torch.Tensor)])
-        for name, (place, want), have in zip(session.output_names, self._case.wanted, got, strict=True):
+        got = list(session.run([leaf for leaf in self._case.leaves if isinstance(leaf, torch.Tensor)]))
+        if len(got) > len(self._case.wanted):
+            check_guards(self._gm, session, self._case.label, got.pop(), wanted=True)
+        for name, (place, want), have in zip(session.output_names, self._case.wanted, got, strict=False):
             wanted = want.detach() if isinstance(want, torch.Tensor) else _number(want, have)
             problem = self._problem(place, wanted, have)
             if problem is not None:
@@ -260,6 +283,7 @@ class _Judge:
         if surely_rounding(want, have, self._contract.factor):
             return None
         if self._reference is None:
+            assert self._case.outputs is not None
             with isolated(self._gm):
                 self._reference = reference(self._gm, self._case.outputs, self._case.leaves)
         precise, noise = self._reference.precise[place], self._reference.noise[place]

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from fxopt.errors import InvariantError
+from fxopt.errors import InvariantError, PassError, describe
 
 __all__ = [
     "arg",
+    "check_same_type",
     "dtype",
     "module_path",
     "shape",
@@ -116,6 +117,29 @@ def _tensor(node: torch.fx.Node) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         raise TypeError(f"{node.name} yields {type(found).__name__}, not one tensor")
     return found
+
+
+def check_same_type(pass_name: str, old: torch.fx.Node, new: torch.fx.Node) -> None:
+    """Check that ``new`` can take the place of ``old``.
+
+    Raises:
+        PassError: element type, rank or a fixed size differ.
+    """
+    a, b = old.meta.get("val"), new.meta.get("val")
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return
+    sizes_differ = a.ndim != b.ndim or any(
+        isinstance(p, int) and isinstance(q, int) and p != q for p, q in zip(a.shape, b.shape, strict=False)
+    )
+    if a.dtype != b.dtype or sizes_differ:
+        raise PassError(
+            describe(
+                f"{pass_name} replaces {old.name} by a value of another type",
+                source=source_line(old),
+                got=f"{new.name}: {shape_text(b)}",
+                wanted=shape_text(a),
+            )
+        )
 
 
 def shape_text(of: Any, names: dict[str, str] | None = None) -> str:

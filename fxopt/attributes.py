@@ -73,6 +73,8 @@ def remove_unread(gm: torch.fx.GraphModule, names: Collection[str]) -> list[str]
     read = read_attributes(gm)
     removed = [name for name in names if name not in read and hasattr_path(gm, name)]
     for name in removed:
+        if not hasattr_path(gm, name):
+            continue  # it went with the graph that held it
         *parents, leaf = name.split(".")
         chain: list[torch.nn.Module] = [gm]
         for part in parents:

@@ -15,11 +15,11 @@ from fxopt.attributes import attach
 from fxopt.control_flow import fold_regions
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
 from fxopt.eager import compare, compare_other_ways, run_eagerly
-from fxopt.eager_control_flow import holds_control_flow
 from fxopt.errors import CaptureError, describe
 from fxopt.function_module import as_module
 from fxopt.graph_module import CapturedModule, InputSpec
 from fxopt.modes import Unmergeable, merge_modes
+from fxopt.regions import holds_control_flow
 from fxopt.trace import Trace, trace, unlift
 
 __all__ = ["capture"]

@@ -81,6 +81,12 @@ class Sample:
         """Return the sample with copies of its tensors, for a model that writes into its inputs."""
         return self.map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
 
+    def scaled(self, factor: float) -> Sample:
+        """Return the sample with its floating-point tensors times ``factor``: values that may branch another way."""
+        return self.map(
+            lambda leaf: leaf * factor if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        )
+
     def with_leaves(self, leaves: Sequence[Any]) -> Sample:
         """Return the sample of the same structure with other leaves."""
         spec = pytree.tree_structure((self.args, dict(self.kwargs)))

@@ -99,12 +99,7 @@ def compare_other_ways(gm: CapturedModule, module: torch.nn.Module, samples: tup
     """Compare graph and model where branches may go another way: on the samples, smaller, larger and negated."""
     for factor in (0.1, 10.0, -1.0):
         for sample in samples:
-            other = sample.with_leaves(
-                [
-                    leaf * factor if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-                    for leaf in sample.leaves()
-                ]
-            )
+            other = sample.scaled(factor)
             try:
                 want = run_eagerly(module, other)
             except CaptureError:

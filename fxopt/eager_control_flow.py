@@ -7,22 +7,20 @@ statistics only where it runs, and a branch costs no more than an ``if``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["COND", "WHILE_LOOP", "holds_control_flow", "run_branches_eagerly"]
+from fxopt.regions import COND, WHILE_LOOP
 
-COND, WHILE_LOOP = torch.ops.higher_order.cond, torch.ops.higher_order.while_loop
+__all__ = ["observing", "run_branches_eagerly"]
 
-
-def holds_control_flow(gm: torch.fx.GraphModule) -> bool:
-    """Return whether the graph branches or loops, in itself or in a graph inside it."""
-    return any(node.target is COND or node.target is WHILE_LOOP for node in gm.graph.nodes)
+_OBSERVERS: list[Callable[[Any, bool], None]] = []
 
 
 def run_branches_eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,6 +39,16 @@ def run_branches_eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+@contextlib.contextmanager
+def observing(observer: Callable[[Any, bool], None]) -> Iterator[None]:
+    """Call ``observer`` with the graph of the true side, and whether it is taken, at every branch that runs."""
+    _OBSERVERS.append(observer)
+    try:
+        yield
+    finally:
+        _OBSERVERS.remove(observer)
+
+
 class _EagerControlFlow(TorchFunctionMode):
     """While active, ``cond`` calls the side that its predicate picks, and ``while_loop`` turns in Python."""
 
@@ -57,7 +65,10 @@ class _EagerControlFlow(TorchFunctionMode):
 def _cond(
     predicate: Any, when_true: Callable[..., Any], when_false: Callable[..., Any], operands: tuple[Any, ...] = ()
 ) -> Any:
-    return (when_true if predicate else when_false)(*operands)
+    taken = bool(predicate)
+    for observer in _OBSERVERS:
+        observer(when_true, taken)
+    return (when_true if taken else when_false)(*operands)
 
 
 def _while_loop(

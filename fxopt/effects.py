@@ -10,7 +10,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from fxopt.args import arg, argument_positions
 from fxopt.attributes import get_path
-from fxopt.ops import UPDATE_BUFFER
+from fxopt.ops import GUARD, UPDATE_BUFFER
 
 __all__ = ["has_effect", "is_in_place", "is_pure", "is_random", "trains"]
 
@@ -69,7 +69,7 @@ def has_effect(node: torch.fx.Node) -> bool:
         return True
     if node.op != "call_function":
         return False
-    if node.target is UPDATE_BUFFER or node.target in _ASSERTIONS:
+    if node.target in (UPDATE_BUFFER, GUARD) or node.target in _ASSERTIONS:
         return True
     if isinstance(node.target, HigherOrderOperator):
         return any(has_effect(inner) for inner in _regions(node) if inner.op not in ("placeholder", "output"))

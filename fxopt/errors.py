@@ -4,6 +4,7 @@ FxoptError
 ├── CaptureError          the model or its example inputs cannot become a graph
 │   └── ModeError         the graph cannot switch between training and evaluation
 ├── InputError            a captured graph was called with inputs it was not captured for
+├── GuardError            inputs ask for a side of a branch that was cut off
 ├── PassError             a pass, or the list of passes, is wrong
 │   ├── PassOrderError    a pass stands behind another that ended what it needs
 │   ├── PreconditionError the graph is not in the state that a pass asks for
@@ -26,6 +27,7 @@ __all__ = [
     "FileFormatError",
     "FixedPointError",
     "FxoptError",
+    "GuardError",
     "InputError",
     "InvariantError",
     "ModeError",
@@ -51,6 +53,10 @@ class ModeError(CaptureError):
 
 class InputError(FxoptError):
     """A captured graph was called with inputs that it was not captured for."""
+
+
+class GuardError(FxoptError):
+    """A graph specialized to one side of a branch was called with inputs that ask for the other."""
 
 
 class PassError(FxoptError):

@@ -27,6 +27,7 @@ from fxopt.effects import is_in_place
 from fxopt.errors import CaptureError, describe
 from fxopt.functional_regions import RegionWrites
 from fxopt.ops import UPDATE_BUFFER
+from fxopt.regions import COND, WHILE_LOOP, region_value
 from fxopt.view_inverses import PART_INVERSES, VIEW_INVERSES
 
 __all__ = ["functionalize"]
@@ -340,6 +341,8 @@ def _storage(node: torch.fx.Node) -> StorageWeakRef | None:
 
 def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
+    if target is COND or target is WHILE_LOOP:
+        return region_value(target, args)
     nodes: list[torch.fx.Node] = []
     fakes = torch.fx.map_arg((args, kwargs), lambda node: nodes.append(node) or node.meta["val"])  # type: ignore[func-returns-value]  # None, so that `or` goes on
     mode = detect_fake_mode(fakes) or (fake_mode_of(nodes[0].graph) if nodes else None)

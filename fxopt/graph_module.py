@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxopt.args import argument_positions, shape_text, size_text
 from fxopt.dimensions import Dimension, Sample, resize
-from fxopt.eager_control_flow import holds_control_flow, run_branches_eagerly
+from fxopt.eager_control_flow import run_branches_eagerly
 from fxopt.errors import InputError, InvariantError, ModeError, describe
+from fxopt.regions import holds_control_flow
 
 if TYPE_CHECKING:
     from fxopt.report import Report

@@ -10,9 +10,11 @@ import torch
 
 from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
+from fxopt.errors import GuardError
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.numerics import Reference, measure, reference, surely_rounding, violation
+from fxopt.regions import holds_control_flow
 from fxopt.report import OutputError
 
 __all__ = ["Case", "Judge", "cases"]
@@ -45,6 +47,9 @@ def cases(gm: CapturedModule, check: Check) -> Iterator[Case]:
             for size in (1, 2, 3 if now.get(name) != 3 else 5):
                 if dimension.allows(size) and now.get(name) != size:
                     yield Case(f"{name} = {size}", gm.resized({name: size}), gm.training)
+    if check == "all" and gm.samples and holds_control_flow(gm):
+        for factor in (0.1, 10.0, -1.0):
+            yield Case(f"sample 0 times {factor:g}", gm.samples[0].scaled(factor), gm.training)
     if gm.modes == "both" and gm.samples and _depends_on_mode(gm):
         yield Case(f"sample 0 in {'eval' if gm.training else 'train'} mode", gm.samples[0], not gm.training)
 
@@ -76,6 +81,7 @@ class Judge:
         """Return how ``candidate`` breaks the contract, or None, and what it yielded for each case."""
         self._prepare()
         yielded: list[tuple[Any, ...] | None] = []
+        guarded = False
         for index, case in enumerate(self._cases):
             want = self._latest[index]
             impossible = candidate.modes != "both" and (candidate.modes == "train") != case.training
@@ -84,6 +90,10 @@ class Judge:
                 continue
             try:
                 got = _run(candidate, case)
+            except GuardError:
+                guarded = True  # the pass promises nothing where its guard does not hold
+                yielded.append(None)
+                continue
             except Exception as error:
                 return (
                     f"on {case.label}: the rewritten graph cannot run: {type(error).__name__}: {str(error)[:400]}",
@@ -96,6 +106,8 @@ class Judge:
             if problem:
                 return f"on {case.label}: {problem}", yielded
             yielded.append(got)
+        if guarded and not any(yielded):
+            return "no case is left to compare: the guards hold on none of them", yielded
         return None, yielded
 
     def accept(

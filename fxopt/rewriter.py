@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 
-from fxopt.args import argument_positions, dtype, shape, shape_text, source_line, value
+from fxopt.args import argument_positions, check_same_type, dtype, shape, shape_text, source_line, value
 from fxopt.attributes import (
     Reads,
     attach,
@@ -139,7 +139,7 @@ class Rewriter:
         Raises:
             PassError: element type, rank or a fixed size differ.
         """
-        self._check_same_type(node, new)
+        check_same_type(self.pass_name, node, new)
         self._record("replaced", node, why)
         node.replace_all_uses_with(new)
         self._erase_dead([node], named=node)
@@ -168,7 +168,7 @@ class Rewriter:
             PassError: element type, rank or a fixed size of the result differ.
         """
         new = self._call(node, target, args, kwargs, [node, *sources])
-        self._check_same_type(node, new)
+        check_same_type(self.pass_name, node, new)
         self._record("replaced", node, why)
         node.replace_all_uses_with(new)
         name = node.name
@@ -192,13 +192,32 @@ class Rewriter:
         self._record("inserted", new, why)
         return new
 
+    def copy_call(
+        self, inner: torch.fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], *, before: torch.fx.Node, why: str
+    ) -> torch.fx.Node:
+        """Insert the call that ``inner`` makes in another graph, with other arguments; it keeps its modes and line."""
+        new = self._call(before, inner.target, args, kwargs, [inner])
+        new.meta |= {key: inner.meta[key] for key in ("modes", "branch") if key in inner.meta}
+        self._record("inserted", new, why)
+        return new
+
+    def graph(self, name: str, module: torch.fx.GraphModule, *, near: torch.fx.Node, why: str) -> torch.fx.Node:
+        """Add a graph, for a branch or loop to run, and return the node that reads it; see :meth:`constant`."""
+        path = fresh_name(self.gm, name, self._attributes)
+        owner_of(near).add_module(path, module)
+        self._attributes.add(path)
+        self._removable.add(path)
+        with near.graph.inserting_before(near):
+            node = near.graph.get_attr(path)
+        self._annotate(node, [near])
+        self._record("constant", node, why)
+        return node
+
     def set_arg(self, node: torch.fx.Node, name: str, new: Any, *, why: str) -> None:
         """Set the argument ``name`` (by operator schema) of a call, and bring its value up to date."""
         position = argument_positions(node.target)[name][0]
         old = list(node.all_input_nodes)
-        if position is None or name in node.kwargs:
-            node.update_kwarg(name, new)
-        elif position < len(node.args):
+        if position is not None and name not in node.kwargs and position < len(node.args):
             node.update_arg(position, new)
         else:
             node.update_kwarg(name, new)
@@ -222,9 +241,8 @@ class Rewriter:
             PassError: the node is read, or has an effect.
         """
         if node.users or has_effect(node):
-            reason = (
-                f"it is read by {', '.join(user.name for user in node.users)}" if node.users else "it has an effect"
-            )
+            readers = ", ".join(user.name for user in node.users)
+            reason = f"it is read by {readers}" if node.users else "it has an effect"
             raise PassError(f"{self.pass_name} cannot erase {node.name}: {reason}")
         self._record("erased", node, why)
         self._erase_dead([node], named=node)
@@ -241,10 +259,8 @@ class Rewriter:
             PassError: the node is read.
         """
         if node.users:
-            raise PassError(
-                f"{self.pass_name} cannot discard {node.name}: "
-                f"it is read by {', '.join(user.name for user in node.users)}"
-            )
+            readers = ", ".join(user.name for user in node.users)
+            raise PassError(f"{self.pass_name} cannot discard {node.name}: it is read by {readers}")
         self._record("erased", node, why)
         inputs = list(node.all_input_nodes)
         node.graph.erase_node(node)
@@ -349,9 +365,8 @@ class Rewriter:
         return new
 
     def _annotate(self, node: torch.fx.Node, sources: Sequence[torch.fx.Node]) -> None:
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in sources[0].meta:
-                node.meta[key] = sources[0].meta[key]
+        shown = ("stack_trace", "nn_module_stack")
+        node.meta |= {key: sources[0].meta[key] for key in shown if key in sources[0].meta}
         origins: dict[str, None] = {}
         for source in sources:
             made = source.meta.get("fxopt")
@@ -363,23 +378,6 @@ class Rewriter:
         if owner is not None:
             self._touched.add(owner)
         self.changes.append(Change(kind, node.name, why, self._site, source_line(node), self.pass_name))
-
-    def _check_same_type(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
-        a, b = old.meta.get("val"), new.meta.get("val")
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            return
-        sizes_differ = a.ndim != b.ndim or any(
-            isinstance(p, int) and isinstance(q, int) and p != q for p, q in zip(a.shape, b.shape, strict=False)
-        )
-        if a.dtype != b.dtype or sizes_differ:
-            raise PassError(
-                describe(
-                    f"{self.pass_name} replaces {old.name} by a value of another type",
-                    source=source_line(old),
-                    got=f"{new.name}: {shape_text(b)}",
-                    wanted=shape_text(a),
-                )
-            )
 
     def _erase_dead(self, candidates: list[torch.fx.Node], named: torch.fx.Node | None = None) -> None:
         """Erase what nobody reads. A random call goes only if the pass named it: without it, others draw anew."""

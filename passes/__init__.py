@@ -1,6 +1,21 @@
 """fxopt.passes: the passes, one file each, one folder for each capability."""
 
 from fxopt.pass_base import Pass
+from fxopt.passes.branches import (
+    PASSES as _BRANCHES,
+)
+from fxopt.passes.branches import (
+    BranchCount,
+    BranchesToSelect,
+    BranchProfile,
+    Dispatch,
+    SimplifyBranches,
+    SpecializeBranches,
+    profile_branches,
+)
+from fxopt.passes.cleanup import (
+    PASSES as _CLEANUP,
+)
 from fxopt.passes.cleanup import (
     FoldBatchNorm,
     FoldConstants,
@@ -11,15 +26,7 @@ from fxopt.passes.cleanup import (
     SimplifyAlgebra,
 )
 
-PASSES: tuple[type[Pass], ...] = (
-    FoldBatchNorm,
-    FoldConstants,
-    FreezeMode,
-    MergeCommonSubexpressions,
-    RemoveDeadCode,
-    RemoveIdentities,
-    SimplifyAlgebra,
-)
+PASSES: tuple[type[Pass], ...] = (*_BRANCHES, *_CLEANUP)
 
 # What ``optimize(model)`` runs: identities first, so that batch norms stand next to their layers; dead code last.
 DEFAULT: tuple[Pass, ...] = (
@@ -34,6 +41,10 @@ DEFAULT: tuple[Pass, ...] = (
 __all__ = [
     "DEFAULT",
     "PASSES",
+    "BranchCount",
+    "BranchProfile",
+    "BranchesToSelect",
+    "Dispatch",
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",
@@ -41,4 +52,7 @@ __all__ = [
     "RemoveDeadCode",
     "RemoveIdentities",
     "SimplifyAlgebra",
+    "SimplifyBranches",
+    "SpecializeBranches",
+    "profile_branches",
 ]

@@ -86,6 +86,14 @@ if hasattr(higher_order, "tag_activation_checkpoint"):
     translates(higher_order.tag_activation_checkpoint)(_inlined(0))
 
 
+@translates(torch.ops.fxopt.guard.default)
+def guard(emit: Emitter, holds: Value, message: str, values: Sequence[Value], names: Sequence[str]) -> None:
+    """The condition becomes part of the output ``guards_hold``."""
+    if emit.scope.parent is not None:
+        raise Refused("a guard stands inside a branch or loop, where it cannot become an output")
+    emit.guards.append(emit.cast(holds, torch.bool))
+
+
 @translates(torch.ops.fxopt.update_buffer.default)
 def update_buffer(emit: Emitter, buffer: Value, value: Value, active: bool) -> None:
     if active:

@@ -1,6 +1,6 @@
 """Branches and loops of Python on the values of tensors: captured unmodified, as ``cond`` and ``while_loop``."""
 
-from fxopt.control_flow.regions import drop_trials, fold_regions
+from fxopt.control_flow.fold import drop_trials, fold_regions
 from fxopt.control_flow.session import CaptureWarning
 from fxopt.control_flow.tracing import trace_with_branches
 

@@ -6,7 +6,7 @@
     begin_loop(4)  v = loop_variable(a, 4)  ..test..  loop_test(p, 4)  ..body..  loop_next([n], 4)  end_loop(4)
     y = loop_result(v, 4)
 
-One trace holds all sides, each once. ``fxopt.control_flow.regions`` makes ``cond`` and ``while_loop`` of them; no
+One trace holds all sides, each once. ``fxopt.control_flow.fold`` makes ``cond`` and ``while_loop`` of them; no
 captured graph holds a marker.
 """
 

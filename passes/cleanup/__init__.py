@@ -1,5 +1,6 @@
 """Lossless clean-up of a graph."""
 
+from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.cleanup.fold_constants import FoldConstants
 from fxopt.passes.cleanup.freeze_mode import FreezeMode
@@ -8,7 +9,18 @@ from fxopt.passes.cleanup.remove_dead_code import RemoveDeadCode
 from fxopt.passes.cleanup.remove_identities import RemoveIdentities
 from fxopt.passes.cleanup.simplify_algebra import SimplifyAlgebra
 
+PASSES: tuple[type[Pass], ...] = (
+    FoldBatchNorm,
+    FoldConstants,
+    FreezeMode,
+    MergeCommonSubexpressions,
+    RemoveDeadCode,
+    RemoveIdentities,
+    SimplifyAlgebra,
+)
+
 __all__ = [
+    "PASSES",
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",

@@ -23,7 +23,8 @@ from rich.table import Table
 from fxopt.checks import fingerprint, verify
 from fxopt.graph_module import CapturedModule
 from fxopt.manager import PassManager
-from fxopt.passes import DEFAULT, PASSES
+from fxopt.passes import DEFAULT
+from fxopt.passes.cleanup import PASSES
 from fxopt.rewriter import Rewriter
 from tests.bench.synthetic_graph import build
 

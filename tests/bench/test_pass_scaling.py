@@ -15,7 +15,8 @@ import fxopt
 from fxopt.attributes import read_attributes
 from fxopt.checks import verify
 from fxopt.functionalize import fake_call
-from fxopt.passes import DEFAULT, PASSES
+from fxopt.passes import DEFAULT
+from fxopt.passes.cleanup import PASSES
 from tests.bench import pass_scaling
 from tests.bench.__main__ import main
 from tests.bench.synthetic_graph import build

@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fxopt
-from fxopt.eager_control_flow import COND, WHILE_LOOP
 from fxopt.graph_module import graph_modules
+from fxopt.regions import COND, WHILE_LOOP
 from tests.models.control_flow import PROGRAMS
 
 # Programs that read the value of a trained tensor, which torch warns of when it runs them.

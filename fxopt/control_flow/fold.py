@@ -21,11 +21,11 @@ from fxopt.args import source_line
 from fxopt.control_flow import markers
 from fxopt.control_flow.session import Site, refusal
 from fxopt.effects import has_effect, is_in_place
+from fxopt.regions import COND, WHILE_LOOP
 
 __all__ = ["drop_trials", "fold_regions"]
 
 aten = torch.ops.aten
-COND, WHILE_LOOP = torch.ops.higher_order.cond, torch.ops.higher_order.while_loop
 Node = torch.fx.Node
 Env = dict[Node, Any]
 
@@ -275,6 +275,7 @@ class _Folder:
         file, line, function = self.sites[region.number].where
         call.meta = {key: region.begin.meta[key] for key in ("nn_module_stack",) if key in region.begin.meta}
         text = linecache.getline(file, line).strip()
+        call.meta["branch"] = region.number  # stays with its copies, so that what is known of it finds them
         call.meta["stack_trace"] = f'  File "{file}", line {line}, in {function}\n    {text}\n'
         order = region.variables if target is WHILE_LOOP else region.results
         call.meta["val"] = tuple(node.meta["val"] for node in order)
