@@ -39,4 +39,5 @@ def _called_forward(function: types.FunctionType) -> types.FunctionType:
     twin = types.FunctionType(code, function.__globals__, "forward", function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     twin.__annotations__ = function.__annotations__
+    twin.__dict__.update(function.__dict__)  # what a decorator wraps, which names the arguments
     return twin

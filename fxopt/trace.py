@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxopt.control_flow import drop_trials, trace_with_branches
@@ -106,7 +107,7 @@ def asks_for_values(error: Exception) -> bool:
     """Return whether a trace failed because Python code decides on the value of a tensor or a dynamic size."""
     text = str(error)
     return (
-        isinstance(error, GuardOnDataDependentSymNode)
+        isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException)
         or "data-dependent" in text[:400]
         or "onstraints violated" in text
         or "specialized" in text[:600]

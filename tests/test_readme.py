@@ -14,7 +14,9 @@ from fxopt.passes import DEFAULT, PASSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "README.md").read_text()
-NET_CODE, EXAMPLE_CODE = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+NET_CODE, EXAMPLE_CODE, BRANCH_NET_CODE, BRANCH_CODE = re.findall(
+    r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+)
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -42,6 +44,29 @@ def test_python_example_runs_and_writes_a_model_of_any_batch(folder, capsys):
     (scores,) = Session(folder / "small.onnx").run([images])
     with torch.no_grad():
         torch.testing.assert_close(scores, names["small"](images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.ort
+def test_branch_example_runs_and_guards(folder, capsys):
+    from fxopt.export import Session
+
+    (folder / "gated.py").write_text(BRANCH_NET_CODE)
+    sys.modules.pop("gated", None)
+    names = {"__name__": "example"}
+    exec(compile(BRANCH_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "gated.py:11, in forward: if x.norm().item() > 1:" in said
+    fast, graph = Session(folder / "fast.onnx"), names["graph"]
+    assert fast.output_names[-1] == "guards_hold"
+    for scale, holds in ((0.001, False), (10.0, True)):
+        x = torch.randn(5, 8) * scale
+        scores, guards = fast.run([x])
+        assert bool(guards) is holds
+        (both,) = Session(folder / "gated.onnx").run([x])
+        with torch.no_grad():
+            torch.testing.assert_close(both, graph(x), rtol=1e-4, atol=1e-5)
+        if holds:
+            torch.testing.assert_close(scores, both, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.ort

@@ -137,43 +137,44 @@ def if_expression(test: Any, side: Callable[[], Any], other: Callable[[], Any], 
     return trace_branch(test, side, other, NO_STATE, at)
 
 
-def and_(at: Where, *operands: Callable[[], Any]) -> Any:
+def and_(at: Where, first: Any, *rest: Callable[[], Any]) -> Any:
     """Return ``a and b and ...``: the first operand that is false, or the last."""
-    return _shortcut(at, operands, lambda value: value, stop=False)
+    return _shortcut(at, first, rest, lambda value: value, stop=False)
 
 
-def or_(at: Where, *operands: Callable[[], Any]) -> Any:
+def or_(at: Where, first: Any, *rest: Callable[[], Any]) -> Any:
     """Return ``a or b or ...``: the first operand that is true, or the last."""
-    return _shortcut(at, operands, lambda value: value, stop=True)
+    return _shortcut(at, first, rest, lambda value: value, stop=True)
 
 
-def truth_and_(at: Where, *operands: Callable[[], Any]) -> Any:
+def truth_and_(at: Where, first: Any, *rest: Callable[[], Any]) -> Any:
     """Return the truth of ``a and b and ...``."""
-    return _shortcut(at, operands, lambda value: _truth_number(value, at), stop=False)
+    return _shortcut(at, first, rest, lambda value: _truth_number(value, at), stop=False)
 
 
-def truth_or_(at: Where, *operands: Callable[[], Any]) -> Any:
+def truth_or_(at: Where, first: Any, *rest: Callable[[], Any]) -> Any:
     """Return the truth of ``a or b or ...``."""
-    return _shortcut(at, operands, lambda value: _truth_number(value, at), stop=True)
+    return _shortcut(at, first, rest, lambda value: _truth_number(value, at), stop=True)
 
 
 def _truth_number(value: Any, at: Where) -> Any:
     return TracedNumber(truth(value, at)) if is_traced(value) else bool(value)
 
 
-def _shortcut(at: Where, operands: tuple[Callable[[], Any], ...], form: Callable[[Any], Any], *, stop: bool) -> Any:
-    value = form(operands[0]())
-    if len(operands) == 1:
+def _shortcut(
+    at: Where, first: Any, rest: tuple[Callable[[], Any], ...], form: Callable[[Any], Any], *, stop: bool
+) -> Any:
+    value = form(first)
+    if not rest:
         return value
-    rest = operands[1:]
 
     def others() -> Any:
-        return _shortcut(at, rest, form, stop=stop)
+        return _shortcut(at, rest[0](), rest[1:], form, stop=stop)
 
     if not is_traced(value):
         return value if bool(value) is stop else others()
-    first, second = ((lambda: value), others) if stop else (others, (lambda: value))
-    return trace_branch(value, first, second, NO_STATE, at, is_shortcut=True)
+    side, other = ((lambda: value), others) if stop else (others, (lambda: value))
+    return trace_branch(value, side, other, NO_STATE, at, is_shortcut=True)
 
 
 def not_(value: Any) -> Any:

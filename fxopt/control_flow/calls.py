@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fxopt.control_flow.arguments import call_with_numbers, holds_numbers
 from fxopt.control_flow.branches import truth_and_, truth_or_
 from fxopt.control_flow.loops import TracedRange
 from fxopt.control_flow.questions import is_traced, truth
@@ -19,7 +20,7 @@ from fxopt.control_flow.scalars import TracedNumber, as_number
 from fxopt.control_flow.session import CaptureWarning, Where, in_branch, place, refusal
 from fxopt.control_flow.values import common_type
 
-__all__ = ["call"]
+__all__ = ["call", "invoke"]
 
 
 def call(name: str, function: Callable[..., Any], at: Where, *args: Any, **kwargs: Any) -> Any:
@@ -43,6 +44,18 @@ def call(name: str, function: Callable[..., Any], at: Where, *args: Any, **kwarg
     return function(*args)
 
 
+def invoke(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``function``; one of torch gets numbers that depend on tensors in a form that it takes."""
+    if holds_numbers((args, kwargs)) and _is_torchs(function):
+        return call_with_numbers(function, args, kwargs)
+    return function(*args, **kwargs)
+
+
+def _is_torchs(function: Any) -> bool:
+    module = getattr(function, "__module__", None) or ""
+    return isinstance(getattr(function, "__self__", None), torch.Tensor) or module.partition(".")[0] == "torch"
+
+
 def _operands(args: tuple[Any, ...]) -> Iterator[Any]:
     for value in args:
         yield value
@@ -62,12 +75,12 @@ def _kind(kind: type) -> Callable[..., Any]:
 
 
 def _range(at: Where, *bounds: Any) -> Any:
-    if not any(isinstance(bound, torch.Tensor | TracedNumber) for bound in bounds):
+    if not any(is_traced(bound) for bound in bounds):
         return builtins.range(*bounds)
     start, stop, step = (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1)[:3]
     if not isinstance(step, int) or step == 0:
         raise refusal("the step of a range depends on a tensor", at)
-    return TracedRange(start, stop if not isinstance(stop, torch.Tensor) else as_number(stop), step)
+    return TracedRange(start, as_number(stop) if is_traced(stop) else stop, step)
 
 
 def _extreme(better: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,7 +102,10 @@ def _fold(shortcut: Callable[..., Any]) -> Callable[..., Any]:
     def fold(at: Where, items: Any) -> Any:
         if isinstance(items, torch.Tensor):
             items = items.unbind()
-        return shortcut(at, *[lambda item=item: item for item in items]) if len(items) else shortcut is truth_and_
+        items = list(items)
+        if not items:
+            return shortcut is truth_and_
+        return shortcut(at, items[0], *[lambda item=item: item for item in items[1:]])
 
     return fold
 

@@ -206,13 +206,13 @@ class _Converter(ast.NodeTransformer):
 
     def test(self, node: ast.expr) -> ast.expr:
         """Return a test, converted: of ``and``, ``or`` and ``not`` only the truth is asked for."""
-        if isinstance(node, ast.BoolOp) and not _binds(node):
+        if isinstance(node, ast.BoolOp) and not any(map(_binds, node.values[1:])):
             return self._shortcut(node, [self.test(value) for value in node.values], "truth_")
         converted: ast.expr = self.visit(node)
         return converted
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.AST:
-        if _is_plain(node) or _binds(node):
+        if _is_plain(node) or any(map(_binds, node.values[1:])):
             return self.generic_visit(node)
         return self._shortcut(node, [self.visit(value) for value in node.values], "")
 
@@ -220,7 +220,7 @@ class _Converter(ast.NodeTransformer):
         name = kind + ("and_" if isinstance(node.op, ast.And) else "or_")
         call = _expression(f"{RUNTIME}.{name}({self._at(node)})", node)
         assert isinstance(call, ast.Call)
-        call.args += [_delayed(value) for value in values]
+        call.args += [values[0], *(_delayed(value) for value in values[1:])]
         return call
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
@@ -273,6 +273,8 @@ class _Converter(ast.NodeTransformer):
             isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "math"
         ):
             return self._asked(node)
+        elif any(not isinstance(given, ast.Constant) for given in (*node.args, *(k.value for k in node.keywords))):
+            node.args, node.func = [function, *node.args], _expression(f"{RUNTIME}.invoke", node)
         return node
 
     def _asked(self, node: ast.Call) -> ast.expr:

@@ -8,7 +8,16 @@ import torch
 
 from fxopt.control_flow.scalars import TracedNumber
 
-__all__ = ["get_item", "set_item"]
+__all__ = ["get_item", "holds_number", "set_item"]
+
+
+def holds_number(index: Any) -> bool:
+    """Return whether an index holds a number that depends on a tensor, by itself or as the bound of a slice."""
+    for item in index if isinstance(index, tuple) else (index,):
+        parts = (item.start, item.stop, item.step) if isinstance(item, slice) else (item,)
+        if any(isinstance(part, TracedNumber) for part in parts):
+            return True
+    return False
 
 
 def _split(tensor: torch.Tensor, index: Any) -> tuple[list[Any], list[tuple[int, torch.Tensor]]]:

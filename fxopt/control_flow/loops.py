@@ -274,7 +274,7 @@ def _traced_for(
         return TracedNumber(as_number(inside(count[0], items.stop)).tensor)
 
     def test() -> Any:
-        return more() if asks is None else truth_and_(at, asks, more)
+        return more() if asks is None else truth_and_(at, asks(), more)
 
     def turn() -> None:
         item = count[0]

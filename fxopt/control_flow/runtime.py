@@ -14,12 +14,12 @@ from fxopt.control_flow.branches import (
     truth_and_,
     truth_or_,
 )
-from fxopt.control_flow.calls import call
+from fxopt.control_flow.calls import call, invoke
 from fxopt.control_flow.loops import for_, while_
 from fxopt.control_flow.state import State, peek
 from fxopt.control_flow.values import UNDEFINED
 
 __all__ = [
-    "UNDEFINED", "State", "and_", "assert_", "call", "for_", "if_", "if_expression", "not_", "or_", "peek", "raised",
-    "truth_and_", "truth_or_", "while_",
+    "UNDEFINED", "State", "and_", "assert_", "call", "for_", "if_", "if_expression", "invoke", "not_", "or_", "peek",
+    "raised", "truth_and_", "truth_or_", "while_",
 ]  # fmt: skip

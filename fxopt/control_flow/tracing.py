@@ -13,13 +13,14 @@ from torch._export import non_strict_utils
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from fxopt.control_flow import runtime
+from fxopt.control_flow import calls, runtime
+from fxopt.control_flow.arguments import call_with_numbers, holds_numbers
 from fxopt.control_flow.convert import RUNTIME, converted_code
 from fxopt.control_flow.heap import Heap
-from fxopt.control_flow.indexing import get_item, set_item
+from fxopt.control_flow.indexing import get_item, holds_number, set_item
 from fxopt.control_flow.jumps import Unsupported
 from fxopt.control_flow.questions import is_known, is_traced
-from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number, result_tensor
+from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number
 from fxopt.control_flow.session import Raised, Session, refusal, running
 from fxopt.control_flow.source import NoSource, asking_frame, definition, functions_of, is_library
 
@@ -41,10 +42,15 @@ def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tu
         while True:
             current, state = Session(modules), Heap([], [], modules)
             try:
-                with running(current), _values_asked():
+                with running(current), _values_asked(), _plain_results(model):
                     return run(), current
             except Undecided as asked:
                 rewritten.add(asked)
+            except TypeError as error:
+                if TracedNumber.__name__ not in str(error):
+                    raise
+                # torch's own functions tell such a number from a plain one; a rewritten function hands them what fits.
+                rewritten.add(Undecided("a plain number").with_traceback(error.__traceback__))
             except Raised as raised:
                 raise raised.error from None
             finally:
@@ -134,6 +140,12 @@ def _frames(asked: Undecided) -> Iterator[tuple[types.CodeType, int]]:
 def _values_asked() -> Iterator[None]:
     """Answer questions for values with numbers that stay in the graph, and refuse to guess the truth of one."""
     kept: dict[Any, Any] = {cls: cls.__bool__ for cls in (torch.SymBool, torch.SymInt)}
+    index = torch.SymInt.__index__
+
+    def index_of(self: Any) -> int:
+        if is_traced(self) and not is_library(sys._getframe(1).f_code):
+            raise Undecided("a dynamic size as a plain int")
+        return int(index(self))
 
     def truth_of(cls: Any) -> Callable[[Any], bool]:
         def asked(self: Any) -> bool:
@@ -145,12 +157,28 @@ def _values_asked() -> Iterator[None]:
 
     for cls in kept:
         cls.__bool__ = truth_of(cls)
+    setattr(torch.SymInt, "__index__", index_of)  # noqa: B010  (mypy forbids the assignment that this is)
     try:
         with _ValuesAsked():
             yield
     finally:
+        setattr(torch.SymInt, "__index__", index)  # noqa: B010  (as above)
         for cls, method in kept.items():
             cls.__bool__ = method
+
+
+@contextlib.contextmanager
+def _plain_results(model: torch.nn.Module) -> Iterator[None]:
+    """Let the model return plain numbers, as it does in eager."""
+
+    def plain(_: torch.nn.Module, __: Any, result: Any) -> Any:
+        return pytree.tree_map_only(TracedNumber, TracedNumber.symbolic, result)
+
+    hook = model.register_forward_hook(plain)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 _ASKING = {
@@ -159,12 +187,6 @@ _ASKING = {
     torch.Tensor.__float__: "a tensor as a float",
     torch.Tensor.__index__: "a tensor as an index",
 }
-_BY_VALUE = {
-    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "true_divide", "floordiv", "floor_divide",
-    "mod", "remainder", "fmod", "pow", "eq", "ne", "lt", "le", "gt", "ge", "less", "greater", "where", "maximum",
-    "minimum", "logical_and", "logical_or", "and", "or", "xor", "clamp", "clip", "lerp", "masked_fill",
-    "fill_", "fill",
-}  # fmt: skip
 
 
 class _ValuesAsked(TorchFunctionMode):
@@ -175,50 +197,32 @@ class _ValuesAsked(TorchFunctionMode):
                 raise Undecided(_ASKING[func])
             if func is torch.Tensor.item:
                 return as_number(args[0])
-        numbers = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, TracedNumber)]
-        if not numbers:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__getitem__":
+        if name in _ANSWERS and not is_library(_caller()):
+            return TracedNumber(_ANSWERS[name](*args, **kwargs))
+        if name == "__getitem__" and holds_number(args[1]):
             return get_item(*args)
-        if name == "__setitem__":
+        if name == "__setitem__" and (holds_number(args[1]) or isinstance(args[2], TracedNumber)):
             return set_item(*args)
-        if name in ("tensor", "as_tensor") and isinstance(args[0], TracedNumber):
-            return _as_tensor(args[0], **kwargs)
-        bare = name.strip("_")
-        by_value = name in _BY_VALUE or bare in _BY_VALUE or bare[1:] in _BY_VALUE
-        tensors = [leaf for leaf in _leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        return call_with_numbers(func, args, kwargs) if holds_numbers((args, kwargs)) else func(*args, **kwargs)
 
-        def plain(leaf: Any) -> Any:
-            if not isinstance(leaf, TracedNumber):
-                return leaf
-            return result_tensor(leaf, *tensors) if by_value and tensors else leaf.symbolic()
 
-        args, kwargs = _mapped(plain, (args, kwargs))
-        return func(*args, **kwargs)
+_ANSWERS: dict[str, Callable[..., torch.Tensor]] = {
+    "allclose": lambda *args, **kwargs: torch.isclose(*args, **kwargs).all(),
+    "equal": lambda a, b: (a == b).all() if a.shape == b.shape else torch.full((), False),
+    "is_nonzero": lambda value: as_number(value).as_kind(bool).tensor,
+}
 
 
 def _caller() -> types.CodeType:
     """Return the code that called the function which is being intercepted."""
     frame = sys._getframe(2)
-    # Other modes stand between: torch.export has one inside this one, and fake tensors take tolist() apart.
+    # Rewritten code calls by way of fxopt. Other modes stand between: torch.export has one inside this one, and fake
+    # tensors take tolist() apart.
     while frame.f_back is not None and (
-        frame.f_code.co_filename == non_strict_utils.__file__
+        frame.f_code.co_filename in (non_strict_utils.__file__, calls.__file__)
         or frame.f_code.co_name in ("__torch_function__", "tolist")
         or (frame.f_code.co_name == "<listcomp>" and frame.f_back.f_code.co_name == "tolist")
     ):
         frame = frame.f_back
     return frame.f_code
-
-
-def _leaves(value: Any) -> list[Any]:
-    return pytree.tree_leaves(value)
-
-
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    return pytree.tree_map(function, value)
-
-
-def _as_tensor(number: TracedNumber, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
-    default = torch.get_default_dtype() if number.kind is float else number.tensor.dtype
-    return number.tensor.to(dtype or default)

@@ -10,6 +10,9 @@ from rich.console import Console
 BENCHMARKS = {
     "pass_scaling": "time per node of each cleanup pass and of the manager, from 1,000 to 100,000 nodes",
     "export_speed": "time to export and latency of the result, against torch.onnx.export",
+    "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
+    "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
+    "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
 }
 

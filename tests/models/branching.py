@@ -292,3 +292,25 @@ class SizeBranch(TwoLayers):
         if x.size(0) % 2 == 0 and x.sum() > 0:
             return x * 2
         return x
+
+
+class CountedSlice(nn.Module):
+    """Slices by a number of elements, then decides on that number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        count = int((x > 0).sum())
+        chosen = x.flatten()[:count]
+        if count > 12:
+            return chosen.sum()
+        return x.flatten().topk(min(count, 3) + 1).values.sum() - chosen.sum()
+
+
+class Walrus(nn.Module):
+    """Binds a name inside a test, and asks two tensors whether they are close."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (total := x.sum()) > 0 and total < 50:
+            x = x * total
+        if torch.allclose(x, x.round(), atol=0.4):
+            return x.round()
+        return x

@@ -79,5 +79,8 @@ PROGRAMS: dict[str, Program] = {
     "closure": Program(branching.Closure, batched, ({0: "batch"},)),
     "super and private names": Program(branching.Inherited, batched, ({0: "batch"},)),
     "branch on a size": Program(branching.SizeBranch, batched, ({0: "batch"},)),
+    "slice by a count": Program(branching.CountedSlice, batched, ({0: "batch"},)),
+    "walrus and allclose": Program(branching.Walrus, batched, ({0: "batch"},)),
+    "loop over a dynamic size": Program(looping.OverRows, batched, ({0: "batch"},)),
     "newton": Program(looping.LoopMany, batched, ({0: "batch"},)),
 }  # fmt: skip

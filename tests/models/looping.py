@@ -141,3 +141,15 @@ class LoopMany(nn.Module):
         while error > 1e-3:
             guess, error = (guess + target / guess) / 2, (guess * guess - target).abs() / target
         return x / guess
+
+
+class OverRows(nn.Module):
+    """Loops over a dynamic size, and branches inside."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        total, taken = torch.zeros(x.shape[1]), 0
+        for i in range(x.shape[0]):
+            if x[i].sum() > 0:
+                total = total + x[i]
+                taken += 1
+        return total, taken
