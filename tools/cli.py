@@ -1,4 +1,4 @@
-"""The command line: ``fxopt optimize``, ``validate``, ``passes``, ``demo``.
+"""The command line: ``fxopt optimize``, ``validate``, ``branches``, ``passes``, ``demo``.
 
 Exit status: 0 if all went well; 1 if the work failed; 2 if the command, the model or its inputs are wrong.
 """
@@ -22,7 +22,8 @@ from fxopt.export import OnnxFile, Session, ValidationReport, to_onnx
 from fxopt.export import validate as compare
 from fxopt.export.files import check_target
 from fxopt.export.to_onnx import DEFAULT_OPSET, OPSETS
-from fxopt.passes import DEFAULT
+from fxopt.input_spec import parse_inputs
+from fxopt.passes import DEFAULT, profile_branches
 from fxopt.registry import known_passes
 from fxopt.tools.command_group import Commands
 from fxopt.tools.console import BadInputError, as_bad_input, describe_bytes, print_json, stages, users_code
@@ -193,6 +194,31 @@ def validate(
         print_json({"ok": True, "file": str(file), "against": against, "validation": report.to_dict()})
     else:
         print(f"{file} agrees with {against}: {report}")
+
+
+@app.command()
+def branches(
+    model: _Model,
+    inputs: _Inputs = None,
+    dynamic: _Dynamic = None,
+    runs: Annotated[int, typer.Option(min=1, metavar="N", help="Inputs to draw from the spec.")] = 1,
+    json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Count which sides of its branches a model takes, by source line."""
+    with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
+        gm = captured(model, inputs, dynamic, progress, train=False)
+        progress.begin("run")
+        samples = list(gm.samples)
+        for seed in range(1, runs if inputs is not None else 1):
+            samples += parse_inputs(inputs or "", seed=seed).samples
+        with as_bad_input():
+            profile = profile_branches(gm, samples)
+    if json:
+        counts = [dataclasses.asdict(count) | {"never": list(count.never)} for count in profile.branches]
+        print_json({"ok": True, "model": model, "runs": profile.runs, "branches": counts})
+        return
+    print(profile if profile.branches else f"{model} has no branch that depends on a tensor")
 
 
 @app.command()

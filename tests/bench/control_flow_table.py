@@ -114,6 +114,7 @@ def case_of(program: Program) -> Case:
                     wanted.append(run_fresh(model, given))
                 inputs.append(given)
                 ways.add(tuple(lines))
+    assert len(inputs) == INPUTS, "the program itself fails on most inputs"
     return Case(model, example, program.dynamic_shapes, inputs, wanted, len(ways))
 
 
@@ -170,7 +171,7 @@ def session_run(session: Session) -> Callable[[tuple[Any, ...]], list[Any]]:
 
 
 def described(error: Exception) -> str:
-    """Return an exception's class and first line, shortened, less what all of its kind begin with."""
+    """Return an exception's class and first line, shortened; for one of torch.onnx, those of its cause."""
     causes = [error]
     while (cause := causes[-1].__cause__) is not None:
         causes.append(cause)
@@ -216,7 +217,7 @@ def with_fxopt(case: Case, folder: Path) -> Outcome:
 
 
 def refusal(error: fxopt.CaptureError) -> str:
-    """Return the first line of a refusal that is no place in a file."""
+    """Return the first line of a refusal, which says what was found."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].replace("|", "/")
 
@@ -277,6 +278,8 @@ def outcomes(case: Case, folder: Path, *, onnx: bool) -> list[Outcome]:
 
 def totals(column: Sequence[Outcome]) -> str:
     """Return how many of these are right, WRONG somewhere, or neither."""
+    if not column:
+        return "not asked"
     right, wrong = sum(one.right for one in column), sum(one.wrong for one in column)
     return f"{right} of {len(column)} right, {wrong} WRONG, {len(column) - right - wrong} refused or failing"
 

@@ -41,6 +41,14 @@ class Net(nn.Module):
 
 def double(x):
     return x * 2
+
+class Gated(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            x = x * 2
+        if x.abs().max() > 1e6:
+            x = x * 0
+        return x
 """
 INPUTS = ("--inputs", "f32[batch,3,8,8]")
 
@@ -161,6 +169,22 @@ def test_validate_agrees_with_the_model(folder, optimized):
     status, stdout, _ = fxopt_command(folder, *arguments)
     assert status == 0
     assert stdout.startswith("net.onnx agrees with models.py:Net")
+
+
+def test_branches_tells_which_sides_were_never_taken(folder):
+    gated = ("branches", "models.py:Gated", "-i", "f32[batch,3]", "--runs", "20")
+    status, stdout, stderr = fxopt_command(folder, *gated)
+    assert status == 0, stderr
+    first, second = stdout.splitlines()[-2:]
+    assert first.startswith("models.py:22, in forward: if x.sum() > 0:")
+    taken = [int(word) for word in first.split()[-2:]]
+    assert sum(taken) == 20
+    assert min(taken) > 0
+    assert second.split()[-3:] == ["0", "20", "true"]
+    told = document(fxopt_command(folder, *gated, "--json")[1])
+    assert [branch["line"] for branch in told["branches"]] == ["models.py:22", "models.py:24"]
+    assert [branch["never"] for branch in told["branches"]] == [[], [True]]
+    assert "has no branch" in fxopt_command(folder, "branches", "models.py:Net", *INPUTS)[1]
 
 
 def test_passes_lists_all_with_options(folder):
