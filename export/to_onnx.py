@@ -19,6 +19,7 @@ from fxopt.export.guards import GUARD_OUTPUT, has_guards
 from fxopt.export.translate import translate
 from fxopt.export.validate import ValidationReport, validate_file
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.ops import UPDATE_BUFFER
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "to_onnx"]
 
@@ -36,7 +37,7 @@ _TRAINING = {
     _aten.feature_alpha_dropout.default: "train",
     _aten.batch_norm.default: "training",
     _aten.rrelu.default: "training",
-    torch.ops.fxopt.update_buffer.default: "active",
+    UPDATE_BUFFER: "active",
     torch.ops.fxopt.select_mode.default: "training",
 }
 
@@ -135,6 +136,15 @@ def _refuse_training(gm: CapturedModule) -> None:
             name = _TRAINING.get(node.target)
             if name is None or args.arg(node, name) is not True or _is_inert(node):
                 continue
+            if node.target is UPDATE_BUFFER and not gm.training:
+                raise ExportError(
+                    describe(
+                        "the model writes to a buffer in evaluation too, and an ONNX file has no state",
+                        buffer=str(args.arg(node, "buffer").target),
+                        source=args.source_line(node) or "unknown",
+                        try_="return the value as an output, and take it as an input",
+                    )
+                )
             raise ExportError(
                 describe(
                     "the graph is in train mode, and an ONNX file only evaluates",

@@ -19,11 +19,14 @@ import torch
 from torch._ops import OpOverload
 
 from fxopt.args import arg, argument_positions, module_path, source_line, source_location
+from fxopt.control_flow import markers
 from fxopt.effects import is_random
 from fxopt.functionalize import fake_call
 from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
 
 __all__ = ["Unmergeable", "merge_modes"]
+
+_HANDED_ON = {markers.LEAVE, markers.MERGE}
 
 
 class Unmergeable(Exception):  # noqa: N818  (it steers capture, and never reaches the user)
@@ -81,6 +84,10 @@ class _Merger:
         if node.op != "call_function":
             return (node.op, target)
         sizes = tuple(str(item) for item in node.args if _is_size(item))
+        if node.target in _HANDED_ON:
+            # One mode may hand on more than the other at a line: the counters that batch norm writes in training.
+            held: Any = node.meta["val"]
+            sizes += (str(held.dtype), str(held.ndim))
         return (node.op, target, module_path(node), source_location(node), sizes)
 
     def _both(self, a: torch.fx.Node, b: torch.fx.Node) -> None:

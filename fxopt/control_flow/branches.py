@@ -13,6 +13,7 @@ import torch
 
 from fxopt.control_flow import markers
 from fxopt.control_flow.heap import Heap
+from fxopt.control_flow.jumps import VALUE
 from fxopt.control_flow.questions import is_traced, truth
 from fxopt.control_flow.scalars import TracedNumber
 from fxopt.control_flow.session import Raised, Where, in_branch, place, refusal, session
@@ -61,7 +62,7 @@ def trace_branch(
     choose = _chooser(region)
     try:
         merged = [
-            pair_leaves(a, b, choose, repr(name)) if name in state.live else _dead(a, b)
+            pair_leaves(a, b, choose, _told(name)) if name in state.live else _dead(a, b)
             for name, a, b in zip(state.names, values, values_2, strict=True)
         ]
         outcome = pair_leaves(result, result_2, choose, "the value")
@@ -74,6 +75,10 @@ def trace_branch(
         ) from None
     state.put(merged)
     return outcome
+
+
+def _told(name: str) -> str:
+    return "what is returned" if name == VALUE else repr(name)
 
 
 def _dead(a: Any, b: Any) -> Any:

@@ -314,3 +314,16 @@ class Walrus(nn.Module):
         if torch.allclose(x, x.round(), atol=0.4):
             return x.round()
         return x
+
+
+class NormOnOneSide(TwoLayers):
+    """Batch norm on one side only: in training that side also counts its batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return self.first(x)
+        return self.norm(self.second(x))

@@ -82,5 +82,6 @@ PROGRAMS: dict[str, Program] = {
     "slice by a count": Program(branching.CountedSlice, batched, ({0: "batch"},)),
     "walrus and allclose": Program(branching.Walrus, batched, ({0: "batch"},)),
     "loop over a dynamic size": Program(looping.OverRows, batched, ({0: "batch"},)),
+    "batch norm on one side": Program(branching.NormOnOneSide, batched, ({0: "batch"},)),
     "newton": Program(looping.LoopMany, batched, ({0: "batch"},)),
 }  # fmt: skip

@@ -115,7 +115,7 @@ class Beam(nn.Module):
             token = self.head(state).argmax(-1)
             tokens[:, length] = token
             length += 1
-            if (token == 0).any():
+            if (token < 2).any():
                 break
         return tokens, torch.tensor(length)
 

@@ -161,6 +161,24 @@ def test_statistics_and_dropout_follow_the_side_taken_in_training() -> None:
         assert torch.equal(want, got), key
 
 
+@pytest.mark.parametrize("name", ["batch norm on one side", "dropout on one side"])
+@pytest.mark.parametrize("training", [True, False])
+def test_one_graph_serves_both_modes(name: str, training: bool) -> None:
+    model = model_of(name).train(training)
+    gm = captured(name, copy.deepcopy(model))
+    assert gm.modes == "both"
+    for seed in range(24):
+        (x,) = PROGRAMS[name].inputs(seed)
+        outputs = []
+        for net in (model, gm):
+            net.train(seed % 3 != 0)
+            torch.manual_seed(seed)
+            outputs.append(net(x))
+        assert torch.equal(*outputs)
+    for (key, want), (_, got) in zip(model.named_buffers(), gm.named_buffers(), strict=True):
+        assert torch.equal(want, got), key
+
+
 def test_buffer_written_on_one_side_counts_that_side() -> None:
     model = model_of("counts in a buffer")
     gm = captured("counts in a buffer", copy.deepcopy(model))

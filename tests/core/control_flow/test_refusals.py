@@ -104,7 +104,11 @@ REFUSED = {
         "if x.sum() > 0:",
     ),
     "sides of two types": (types_differ, "is i64[3, 4] on one side and f32[3, 4] on the other", "x.long() if"),
-    "a side that returns None": (none_on_one_side, "f32[3, 4] on one side and None on the other", "if x.sum() > 0:"),
+    "a side that returns None": (
+        none_on_one_side,
+        "what is returned is f32[3, 4] on one side and None on the other",
+        "if x.sum() > 0:",
+    ),
     "more than one element": (
         many_elements,
         "a branch asks for the truth of a tensor that has more than one element",
