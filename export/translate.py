@@ -193,7 +193,7 @@ class _Translator:
                 self.emit.sizes.learn_number(_lookup(node.args[0], env), as_size(held))
             return as_size(held)
         if target is torch.ops.aten.size.default:  # all sizes at once, as decompositions of torch 2.13 ask for them
-            return [as_size(size) for size in held]
+            return [as_size(size) for size in held or ()]
         if target in WITHOUT_VALUE:
             return None
         if self._depth == 0:
