@@ -89,6 +89,9 @@ def _dispatched(rw: Rewriter, branch: Branch) -> bool:
     new = insert_branch(rw, sides, outer, like=branch, before=output, why=why, names=_NAMES)
     for node, result in zip(yields, new, strict=True):
         rw.replace_value(node, result, why=why)
+    for node in reversed(tail):  # what nobody read before either
+        if not node._erased and not node.users:
+            rw.discard(node, why=why)
     return True
 
 

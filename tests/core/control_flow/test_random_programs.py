@@ -76,3 +76,35 @@ def test_random_programs_use_every_construct() -> None:
         "not ",
     ):
         assert texts.count(construct) > 3, construct
+
+
+PASSES = {
+    "simplify": "remove-identities,simplify-branches",
+    "select": "branches-to-select,remove-dead-code",
+    "dispatch": "dispatch,simplify-branches",
+    "specialize": "specialize-branches{samples=true},simplify-branches",
+}
+
+
+def check_passes(seed: int, passes: str, folder: Path) -> None:
+    gm = check(seed, folder).eval()
+    new = fxopt.optimize(gm, passes=passes, strict=True)
+    for x in inputs(seed):
+        try:
+            got = new(x)
+        except fxopt.GuardError:
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(gm(x), got, strict=True)), f"{x}\n{random_program(seed)}"
+
+
+@pytest.mark.parametrize("seed", [2, 5, 7, 12, 75])
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+def test_passes_keep_every_way_of_random_programs(passes: str, seed: int, tmp_path: Path) -> None:
+    check_passes(seed, passes, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2000, 2100))
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+def test_passes_keep_every_way_of_many_random_programs(passes: str, seed: int, tmp_path: Path) -> None:
+    check_passes(seed, passes, tmp_path)

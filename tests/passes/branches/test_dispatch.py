@@ -42,6 +42,19 @@ def test_what_follows_a_branch_moves_into_it() -> None:
         assert any(node.target is torch.ops.aten.linear.default for node in side.graph.nodes)
 
 
+def test_loop_whose_result_nobody_reads_does_not_stay_behind() -> None:
+    def unread(x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        y = x * 2 if x.sum() > 0 else x * 3
+        y = y + 1
+        z = y
+        for _ in range(int(n)):
+            z = z + y
+        return y
+
+    gm = fxopt.capture(unread, (torch.ones(3), torch.tensor(2)))
+    check_pass(Dispatch(), gm)
+
+
 def test_number_of_ways_is_bounded() -> None:
     for variants, dispatched in ((2, 1), (3, 2), (4, 3), (8, 3)):  # the last branch of each way has nothing after it
         gm = Dispatch(variants)(captured("three submodules")).gm
