@@ -6,9 +6,11 @@
 Exact in evaluation: what the side that is not taken yields, NaN and infinity included, is not selected. In training its
 NaN would reach the gradients (0 * NaN is NaN), so a graph in train mode is left alone.
 
-Cost model: a branch costs a runtime a fixed price, about as much as it takes to compute ``max_elements`` elements. So a
-branch is converted if both sides together compute no more than that, by operators that work element by element,
-rearrange or add up, and never fail.
+Cost model: what is given up is the side that would not run. A branch is converted if both sides together compute no
+more than ``max_elements`` elements, by operators that work element by element, rearrange or add up, and never fail.
+What is gained is a graph without control flow, for runtimes that have none and for passes that work on straight lines.
+It is not speed in ONNX Runtime: on its CPU an ``If`` costs less than a microsecond, and a selection over six
+element-wise operators took 1.07 times as long as the branch at 100 elements, 1.09 at 6,000, 1.46 at 100,000.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class BranchesToSelect(Pass):
     name: ClassVar[str] = "branches-to-select"
     contract: ClassVar[Contract] = Contract.EXACT
     evaluation_only: ClassVar[bool] = True
-    max_elements: int = 16_384
+    max_elements: int = 4_096
 
     def __post_init__(self) -> None:
         if self.max_elements < 0:

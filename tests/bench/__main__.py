@@ -13,6 +13,7 @@ BENCHMARKS = {
     "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
+    "select_cost": "a small branch in ORT against computing both sides and selecting",
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
 }
 

@@ -80,7 +80,7 @@ def test_leaves_alone_what_may_fail_or_costs(function: object, why: str) -> None
 
 def test_leaves_alone_what_is_large() -> None:
     gm = fxopt.capture(scaled, (torch.rand(100, 100),)).eval()
-    result = check_pass(BranchesToSelect(), gm, skips=["both sides compute 40,000 elements, more than 16,384"])
+    result = check_pass(BranchesToSelect(), gm, skips=["both sides compute 40,000 elements, more than 4,096"])
     assert branches(result.gm) == 1
     assert branches(BranchesToSelect(max_elements=40_000)(gm).gm) == 0
 
