@@ -64,7 +64,8 @@ class _Rewritten:
 
     def __init__(self) -> None:
         self.kept: list[tuple[types.FunctionType, types.CodeType]] = []
-        self.codes: dict[types.CodeType, types.CodeType] = {}
+        self.codes: set[types.CodeType] = set()
+        self.made: set[types.CodeType] = set()
         self.globals: list[dict[str, Any]] = []
 
     def add(self, asked: Undecided) -> None:
@@ -78,7 +79,7 @@ class _Rewritten:
             raise asked
         at = (frames[0][0].co_filename, frames[0][1], frames[0][0].co_name)
         for code, _ in frames:
-            if code in self.codes.values():
+            if code in self.made:
                 break
             if code not in self.codes and (functions := functions_of(code)) and len(self.codes) < _MOST_REWRITTEN:
                 self._replace(code, functions, at)
@@ -108,7 +109,8 @@ class _Rewritten:
                 at,
                 try_="the function in a file of its own, or torch.where, or torch.cond",
             ) from None
-        self.codes[code] = new
+        self.codes.add(code)
+        self.made.update(_with_inner(new))
         for function in functions:
             self.kept.append((function, code))
             function.__code__ = new
@@ -122,6 +124,14 @@ class _Rewritten:
             function.__code__ = code
         for table in self.globals:
             table.pop(RUNTIME, None)
+
+
+def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Yield the code of a function and of the functions that it makes."""
+    yield code
+    for item in code.co_consts:
+        if isinstance(item, types.CodeType):
+            yield from _with_inner(item)
 
 
 def _frames(asked: Undecided) -> Iterator[tuple[types.CodeType, int]]:
@@ -192,14 +202,14 @@ _ASKING = {
 class _ValuesAsked(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
         if not is_library(_caller()):
             if func in _ASKING:
                 raise Undecided(_ASKING[func])
             if func is torch.Tensor.item:
                 return as_number(args[0])
-        name = getattr(func, "__name__", "")
-        if name in _ANSWERS and not is_library(_caller()):
-            return TracedNumber(_ANSWERS[name](*args, **kwargs))
+            if name in _ANSWERS:
+                return TracedNumber(_ANSWERS[name](*args, **kwargs))
         if name == "__getitem__" and holds_number(args[1]):
             return get_item(*args)
         if name == "__setitem__" and (holds_number(args[1]) or isinstance(args[2], TracedNumber)):

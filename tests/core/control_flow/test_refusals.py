@@ -72,6 +72,12 @@ def filters(x: Tensor) -> Tensor:
     return sum(row for row in x if row.sum() > 0)
 
 
+def filters_in_a_branch(x: Tensor) -> Tensor:
+    if x.mean() > -10:
+        x = x + sum(row for row in x if row.sum() > 0)
+    return x
+
+
 def generates(x: Tensor) -> Tensor:
     def rows():
         for row in x:
@@ -134,6 +140,11 @@ REFUSED = {
         filters,
         "in a place that cannot be rewritten",
         "for row in x if row.sum() > 0",
+    ),
+    "the condition of a comprehension on one side": (
+        filters_in_a_branch,
+        "in a place that cannot be rewritten",
+        "x = x + sum(row for row in x if row.sum() > 0)",
     ),
     "a generator": (generates, "holds a generator", "yield row"),
     "a view written in a loop": (writes_a_view_in_a_loop, "it writes, inside a loop, into", "add_one(holder)"),
