@@ -205,8 +205,8 @@ def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> I
     if inputs is None:
         yield "other values", _other_values(given[0])
     if inputs is None and (holds_control_flow(gm) or has_guards(gm)):
-        for factor in (0.1, 10.0, -1.0):
-            yield f"sample 0 times {factor:g}", given[0].scaled(factor)
+        for label, sample in given[0].other_ways():
+            yield f"sample 0 {label}", sample
     if not sizes or not gm.dims:
         return
     seen = {tuple(sorted(gm.sizes_of(sample.leaves()).items())) for sample in given}

@@ -7,6 +7,7 @@ A user writes a dimension as a name with optional bounds (``"batch"``, ``"seq<51
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,11 +82,14 @@ class Sample:
         """Return the sample with copies of its tensors, for a model that writes into its inputs."""
         return self.map(lambda leaf: leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf)
 
-    def scaled(self, factor: float) -> Sample:
-        """Return the sample with its floating-point tensors times ``factor``: values that may branch another way."""
-        return self.map(
-            lambda leaf: leaf * factor if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-        )
+    def other_ways(self) -> Iterator[tuple[str, Sample]]:
+        """Yield samples whose values may branch another way, each with its label: smaller, larger and negated ones."""
+
+        def scaled(leaf: Any, factor: float) -> Any:
+            return leaf * factor if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+
+        for factor in (0.1, 10.0, -1.0):
+            yield f"times {factor:g}", self.map(functools.partial(scaled, factor=factor))
 
     def with_leaves(self, leaves: Sequence[Any]) -> Sample:
         """Return the sample of the same structure with other leaves."""

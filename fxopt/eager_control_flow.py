@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.regions import COND, WHILE_LOOP
 
-__all__ = ["observing", "run_branches_eagerly"]
+__all__ = ["holds_traced", "observing", "run_branches_eagerly"]
 
 _OBSERVERS: list[Callable[[Any, bool], None]] = []
 
@@ -30,13 +30,19 @@ def run_branches_eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
             return forward(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, torch.fx.Proxy | torch._subclasses.FakeTensor) for leaf in leaves):
+        if holds_traced((args, kwargs)):
             return forward(*args, **kwargs)
         with _EagerControlFlow():
             return forward(*args, **kwargs)
 
     return run
+
+
+def holds_traced(arguments: Any) -> bool:
+    """Return whether something among the arguments stands for a tensor while a graph is traced."""
+    return any(
+        isinstance(leaf, torch.fx.Proxy | torch._subclasses.FakeTensor) for leaf in pytree.tree_leaves(arguments)
+    )
 
 
 @contextlib.contextmanager

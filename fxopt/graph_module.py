@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.args import argument_positions, shape_text, size_text
 from fxopt.dimensions import Dimension, Sample, resize
-from fxopt.eager_control_flow import run_branches_eagerly
+from fxopt.eager_control_flow import holds_traced, run_branches_eagerly
 from fxopt.errors import InputError, InvariantError, ModeError, describe
 from fxopt.regions import holds_control_flow
 
@@ -291,13 +291,8 @@ def _leaf_problem(gm: CapturedModule, leaf: Any, spec: InputSpec, sizes: dict[st
 
 
 def _check_inputs(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if not torch.compiler.is_compiling() and not _is_traced(args):
+    if not torch.compiler.is_compiling() and not holds_traced(args):
         module.flatten_inputs(*args, **kwargs)
-
-
-def _is_traced(args: tuple[Any, ...]) -> bool:
-    leaves = pytree.tree_leaves(args)
-    return any(isinstance(leaf, torch.fx.Proxy | torch._subclasses.FakeTensor) for leaf in leaves)
 
 
 @contextlib.contextmanager

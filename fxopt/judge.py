@@ -48,8 +48,8 @@ def cases(gm: CapturedModule, check: Check) -> Iterator[Case]:
                 if dimension.allows(size) and now.get(name) != size:
                     yield Case(f"{name} = {size}", gm.resized({name: size}), gm.training)
     if check == "all" and gm.samples and holds_control_flow(gm):
-        for factor in (0.1, 10.0, -1.0):
-            yield Case(f"sample 0 times {factor:g}", gm.samples[0].scaled(factor), gm.training)
+        for label, sample in gm.samples[0].other_ways():
+            yield Case(f"sample 0 {label}", sample, gm.training)
     if gm.modes == "both" and gm.samples and _depends_on_mode(gm):
         yield Case(f"sample 0 in {'eval' if gm.training else 'train'} mode", gm.samples[0], not gm.training)
 

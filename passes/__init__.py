@@ -1,9 +1,8 @@
 """fxopt.passes: the passes, one file each, one folder for each capability."""
 
 from fxopt.pass_base import Pass
-from fxopt.passes.branches import (
-    PASSES as _BRANCHES,
-)
+from fxopt.passes import branches as _branches
+from fxopt.passes import cleanup as _cleanup
 from fxopt.passes.branches import (
     BranchCount,
     BranchesToSelect,
@@ -12,9 +11,6 @@ from fxopt.passes.branches import (
     SimplifyBranches,
     SpecializeBranches,
     profile_branches,
-)
-from fxopt.passes.cleanup import (
-    PASSES as _CLEANUP,
 )
 from fxopt.passes.cleanup import (
     FoldBatchNorm,
@@ -26,7 +22,7 @@ from fxopt.passes.cleanup import (
     SimplifyAlgebra,
 )
 
-PASSES: tuple[type[Pass], ...] = (*_BRANCHES, *_CLEANUP)
+PASSES: tuple[type[Pass], ...] = (*_branches.PASSES, *_cleanup.PASSES)
 
 # What ``optimize(model)`` runs: identities first, so that batch norms stand next to their layers; dead code last.
 DEFAULT: tuple[Pass, ...] = (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Digits", "DigitsNet", "accuracy", "load_digits", "train"]
+__all__ = ["Digits", "DigitsNet", "accuracy", "fit", "load_digits", "train"]
 
 _BATCH = 64
 
@@ -75,18 +76,25 @@ def train(digits: Digits, *, epochs: int = 12, seed: int = 0) -> DigitsNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = DigitsNet()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        steps = epochs * (len(digits.train_images) // _BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=steps)
-        for _ in range(epochs):
-            order = torch.randperm(len(digits.train_images))
-            for chosen in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(digits.train_images[chosen]), digits.train_labels[chosen])
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return model.eval()
+        fit(model, digits, lambda images, labels: F.cross_entropy(model(images), labels), epochs=epochs, rate=1e-2)
+    return model
+
+
+def fit(
+    model: nn.Module, digits: Digits, loss: Callable[[Tensor, Tensor], Tensor], *, epochs: int, rate: float
+) -> None:
+    """Train ``model`` until ``loss(images, labels)`` is small, and leave it in eval mode."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=rate)
+    steps = epochs * (len(digits.train_images) // _BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
+    for _ in range(epochs):
+        order = torch.randperm(len(digits.train_images))
+        for chosen in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
+            optimizer.zero_grad()
+            loss(digits.train_images[chosen], digits.train_labels[chosen]).backward()
+            optimizer.step()
+            schedule.step()
+    model.eval()
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:

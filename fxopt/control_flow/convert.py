@@ -16,8 +16,9 @@ import builtins
 import types
 from collections.abc import Sequence
 
-from fxopt.control_flow.jumps import Unsupported, constant, lower_jumps, negated_any, own_nodes
+from fxopt.control_flow.jumps import Unsupported, lower_jumps, negated_any, own_nodes
 from fxopt.control_flow.liveness import assigned, locals_of, mark_live, mutated, read
+from fxopt.control_flow.syntax import constant, expression, statement
 
 __all__ = ["RUNTIME", "converted_code"]
 
@@ -105,7 +106,7 @@ def _convert(function: ast.FunctionDef, filename: str) -> None:
     names = sorted(locals_of(function))
     function.body = _Converter(function, filename).block(function.body)
     if names:  # a name that only a side binds must still be a local of the function
-        function.body.insert(0, _statement(f"if 0: {' = '.join(names)} = None", function.body[0]))
+        function.body.insert(0, statement(f"if 0: {' = '.join(names)} = None", function.body[0]))
     for nested in inner:
         _convert(nested, filename)
 
@@ -130,8 +131,8 @@ class _Converter(ast.NodeTransformer):
 
     def block(self, statements: Sequence[ast.stmt]) -> list[ast.stmt]:
         new: list[ast.stmt] = []
-        for statement in statements:
-            made = self.visit(statement)
+        for one in statements:
+            made = self.visit(one)
             new += made if isinstance(made, list) else [made]
         return new
 
@@ -169,7 +170,7 @@ class _Converter(ast.NodeTransformer):
         made.append(self._function(f"_fx_asks_{number}", "", [ask], set(), node, test=True))
         made.append(self._function(f"_fx_body_{number}", "", node.body, names, node))
         call = f"{RUNTIME}.while_(_fx_asks_{number}, _fx_body_{number}, _fx_state_{number}, {self._at(node)})"
-        return [*made, _statement(call, node)]
+        return [*made, statement(call, node)]
 
     def visit_For(self, node: ast.For) -> list[ast.stmt]:
         number = self._number()
@@ -196,7 +197,7 @@ class _Converter(ast.NodeTransformer):
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         if node.exc is not None:
-            wrapped = _expression(f"{RUNTIME}.raised(_fx_test)", node)
+            wrapped = expression(f"{RUNTIME}.raised(_fx_test)", node)
             assert isinstance(wrapped, ast.Call)
             wrapped.args = [self.visit(node.exc)]
             node.exc = wrapped
@@ -218,7 +219,7 @@ class _Converter(ast.NodeTransformer):
 
     def _shortcut(self, node: ast.BoolOp, values: list[ast.expr], kind: str) -> ast.expr:
         name = kind + ("and_" if isinstance(node.op, ast.And) else "or_")
-        call = _expression(f"{RUNTIME}.{name}({self._at(node)})", node)
+        call = expression(f"{RUNTIME}.{name}({self._at(node)})", node)
         assert isinstance(call, ast.Call)
         call.args += [values[0], *(_delayed(value) for value in values[1:])]
         return call
@@ -226,7 +227,7 @@ class _Converter(ast.NodeTransformer):
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
         if not isinstance(node.op, ast.Not) or _is_plain(node.operand):
             return self.generic_visit(node)
-        call = _expression(f"{RUNTIME}.not_()", node)
+        call = expression(f"{RUNTIME}.not_()", node)
         assert isinstance(call, ast.Call)
         call.args = [self.test(node.operand)]
         return call
@@ -234,7 +235,7 @@ class _Converter(ast.NodeTransformer):
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         if _is_plain(node.test) or _binds(node.body) or _binds(node.orelse):
             return self.generic_visit(node)
-        call = _expression(f"{RUNTIME}.if_expression({self._at(node)})", node)
+        call = expression(f"{RUNTIME}.if_expression({self._at(node)})", node)
         assert isinstance(call, ast.Call)
         call.args = [
             self.test(node.test),
@@ -254,7 +255,7 @@ class _Converter(ast.NodeTransformer):
             ast.Compare(loads[index], [op], [loads[index + 1]]) for index, op in enumerate(node.ops)
         ]
         inner = ast.fix_missing_locations(ast.copy_location(ast.BoolOp(ast.And(), pairs), node))
-        call = _expression(f"(lambda {', '.join(names)}: None)()", node)
+        call = expression(f"(lambda {', '.join(names)}: None)()", node)
         assert isinstance(call, ast.Call)
         assert isinstance(call.func, ast.Lambda)
         call.func.body = self.visit(inner)
@@ -266,7 +267,7 @@ class _Converter(ast.NodeTransformer):
         function = node.func
         if isinstance(function, ast.Name) and function.id not in self.locals:
             if function.id == "super" and not node.args and self.first:
-                node.args = [_expression("__class__", node), _expression(self.first, node)]
+                node.args = [expression("__class__", node), expression(self.first, node)]
             elif function.id in _ASKED_BUILTINS and hasattr(builtins, function.id):
                 return self._asked(node)
         elif (
@@ -274,11 +275,11 @@ class _Converter(ast.NodeTransformer):
         ):
             return self._asked(node)
         elif any(not isinstance(given, ast.Constant) for given in (*node.args, *(k.value for k in node.keywords))):
-            node.args, node.func = [function, *node.args], _expression(f"{RUNTIME}.invoke", node)
+            node.args, node.func = [function, *node.args], expression(f"{RUNTIME}.invoke", node)
         return node
 
     def _asked(self, node: ast.Call) -> ast.expr:
-        call = _expression(f"{RUNTIME}.call()", node)
+        call = expression(f"{RUNTIME}.call()", node)
         assert isinstance(call, ast.Call)
         name = constant(ast.unparse(node.func), node)
         call.args, call.keywords = [name, node.func, self._at_node(node), *node.args], node.keywords
@@ -297,12 +298,12 @@ class _Converter(ast.NodeTransformer):
         own, shared = sorted(names - self.globals), sorted(names & self.globals)
         lines = [f"nonlocal {', '.join(own)}"] if own else []
         lines += [f"global {', '.join(shared)}"] if shared else []
-        return [_statement(line, at) for line in lines]
+        return [statement(line, at) for line in lines]
 
     def _function(
         self, name: str, parameter: str, body: Sequence[ast.stmt], names: set[str], at: ast.AST, *, test: bool = False
     ) -> ast.stmt:
-        made = _statement(f"def {name}({parameter}): pass", at)
+        made = statement(f"def {name}({parameter}): pass", at)
         assert isinstance(made, ast.FunctionDef)
         if test:
             (asked,) = body
@@ -312,9 +313,9 @@ class _Converter(ast.NodeTransformer):
             made.body = [asked]
         else:
             used = self._names(assigned(list(body)))
-            made.body = [*self._declared(used & names, at), *self.block(body)] or [_statement("pass", at)]
+            made.body = [*self._declared(used & names, at), *self.block(body)] or [statement("pass", at)]
             if not body:
-                made.body = [_statement("pass", at)]
+                made.body = [statement("pass", at)]
         return made
 
     def _state(
@@ -330,10 +331,10 @@ class _Converter(ast.NodeTransformer):
         )
         takes = ", ".join(f"{RUNTIME}.peek(lambda: {name})" for name in ordered)
         seen = ", ".join(f"{RUNTIME}.peek(lambda: {name})" for name in looks)
-        put = _statement(f"def _fx_put_{number}(_fx_values):\n{puts or '    pass'}", at)
+        put = statement(f"def _fx_put_{number}(_fx_values):\n{puts or '    pass'}", at)
         assert isinstance(put, ast.FunctionDef)
         put.body = [*self._declared(names, at), *put.body]
-        made = _statement(
+        made = statement(
             f"_fx_state_{number} = {RUNTIME}.State({ordered!r}, {sorted(always)!r}, lambda: [{takes}], "
             f"_fx_put_{number}, lambda: [{seen}])",
             at,
@@ -344,15 +345,15 @@ class _Converter(ast.NodeTransformer):
         return repr((self.filename, getattr(node, "lineno", 0), self.function.name))
 
     def _at_node(self, node: ast.AST) -> ast.expr:
-        return _expression(self._at(node), node)
+        return expression(self._at(node), node)
 
     def _with_test(self, call: str, test: ast.expr, at: ast.AST) -> ast.stmt:
         """Return the statement ``call`` with the expression ``test`` in the place of ``_fx_test``."""
-        statement = _statement(call, at)
-        assert isinstance(statement, ast.Expr)
-        assert isinstance(statement.value, ast.Call)
-        statement.value.args[0] = test
-        return statement
+        made = statement(call, at)
+        assert isinstance(made, ast.Expr)
+        assert isinstance(made.value, ast.Call)
+        made.value.args[0] = test
+        return made
 
 
 def _is_plain(test: ast.expr) -> bool:
@@ -375,26 +376,7 @@ def _binds(node: ast.AST) -> bool:
 
 
 def _delayed(value: ast.expr) -> ast.expr:
-    made = _expression("lambda: None", value)
+    made = expression("lambda: None", value)
     assert isinstance(made, ast.Lambda)
     made.body = value
     return made
-
-
-def _statement(text: str, at: ast.AST) -> ast.stmt:
-    statement = ast.parse(text).body[0]
-    for part in ast.walk(statement):
-        _locate(part, at)
-    return statement
-
-
-def _expression(text: str, at: ast.AST) -> ast.expr:
-    expression = ast.parse(text, mode="eval").body
-    for part in ast.walk(expression):
-        _locate(part, at)
-    return expression
-
-
-def _locate(part: ast.AST, at: ast.AST) -> None:
-    if hasattr(part, "lineno"):
-        ast.copy_location(part, at)

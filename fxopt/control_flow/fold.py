@@ -21,7 +21,7 @@ from fxopt.args import source_line
 from fxopt.control_flow import markers
 from fxopt.control_flow.session import Site, refusal
 from fxopt.effects import has_effect, is_in_place
-from fxopt.regions import COND, WHILE_LOOP
+from fxopt.regions import COND, WHILE_LOOP, add_placeholders, add_results
 
 __all__ = ["drop_trials", "fold_regions"]
 
@@ -115,7 +115,7 @@ class _Folder:
             if node.op == "get_attr" and node is not first:
                 first.prepend(node)
         items = self._parsed()
-        self._check_leaks(items, set())
+        self._check_leaks(items)
         graph = torch.fx.Graph(tracer_cls=self.old._tracer_cls)
         graph.set_codegen(self.old._codegen)
         self._emit(items, graph, {}, self.root)
@@ -157,7 +157,7 @@ class _Folder:
                 items.append(node)
         return open_[0][1]
 
-    def _check_leaks(self, items: Sequence[Any], outside: set[Node]) -> None:
+    def _check_leaks(self, items: Sequence[Any]) -> None:
         """Hoist sizes that are read outside the region they were first asked for in; refuse any other such value."""
         for region in [item for item in items if isinstance(item, _Region)]:
             for part in region.parts:
@@ -167,7 +167,7 @@ class _Folder:
                     readers = [user for user in node.users if user not in allowed and not _is_handed_on(user)]
                     if readers:
                         self._hoist(node, region, part, items, readers[0])
-                self._check_leaks(part, outside | inside)
+                self._check_leaks(part)
 
     def _hoist(self, node: Node, region: _Region, part: list[Any], items: Any, reader: Node) -> None:
         inside = {n for other in region.parts for n in _flat(other)}
@@ -294,22 +294,11 @@ class _Folder:
         owner: torch.nn.Module,
     ) -> Node:
         """Make the graph of one side or body, register it under ``name``, and return the node that reads it."""
-        graph, env = torch.fx.Graph(), Env()
-        for node in inputs:
-            env[node] = graph.placeholder(node.name)
-            env[node].meta = {"val": node.meta["val"]}
-        holder = torch.nn.Module()
+        graph, holder = torch.fx.Graph(), torch.nn.Module()
+        env: Env = dict(add_placeholders(graph, inputs))
         self._emit(items, graph, env, holder)
-        given = {env[node] for node in inputs}
-        results: list[Node] = []
-        for value in values:
-            result = env[value]
-            if result in given or result in results:  # torch.cond wants results of their own memory
-                result = graph.call_function(aten.clone.default, (result,))
-                result.meta = {key: env[value].meta[key] for key in ("val", "stack_trace") if key in env[value].meta}
-            results.append(result)
-        graph.output(tuple(results))
-        graph.eliminate_dead_code(is_impure_node=lambda node: has_effect(node))
+        add_results(graph, [env[value] for value in values])
+        graph.eliminate_dead_code(is_impure_node=has_effect)
         owner.add_module(name, torch.fx.GraphModule(holder, graph, "Region"))
         return around.get_attr(name)
 

@@ -15,7 +15,9 @@ import ast
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-__all__ = ["DONE", "VALUE", "Unsupported", "constant", "lower_jumps", "negated_any", "own_nodes"]
+from fxopt.control_flow.syntax import constant, expression
+
+__all__ = ["DONE", "VALUE", "Unsupported", "lower_jumps", "negated_any", "own_nodes"]
 
 VALUE, DONE = "_fx_value", "_fx_done"
 _FALLS, _JUMPS, _MAY_JUMP = "falls", "jumps", "may jump"
@@ -78,9 +80,9 @@ class _Lowering:
         new, outcome = self.block(body, None, top=True)
         if self.returned:
             first = body[0]
-            new = [_assign(VALUE, _name("__fxopt__.UNDEFINED", first), first), _flag(DONE, False, first), *new]
+            new = [_assign(VALUE, expression("__fxopt__.UNDEFINED", first), first), _flag(DONE, False, first), *new]
             if outcome != _JUMPS or not isinstance(new[-1], ast.Return):
-                new.append(ast.copy_location(ast.Return(_name(VALUE, body[-1])), body[-1]))
+                new.append(ast.copy_location(ast.Return(expression(VALUE, body[-1])), body[-1]))
         function.body = new
 
     def block(self, statements: list[ast.stmt], loop: _Loop | None, *, top: bool = False) -> tuple[list[ast.stmt], str]:
@@ -216,18 +218,6 @@ def _has_jump(statement: ast.stmt) -> bool:
     return any(isinstance(node, ast.Return | ast.Break | ast.Continue | ast.Raise) for node in own_nodes([statement]))
 
 
-def constant(value: str | bool | int | None, at: ast.AST) -> ast.expr:
-    """Return a constant at the line of ``at``."""
-    return ast.copy_location(ast.Constant(value), at)
-
-
-def _name(text: str, at: ast.AST) -> ast.expr:
-    node: ast.expr = ast.parse(text, mode="eval").body
-    for part in ast.walk(node):
-        ast.copy_location(part, at)
-    return node
-
-
 def _assign(name: str, value: ast.expr, at: ast.AST) -> ast.stmt:
     target = ast.copy_location(ast.Name(name, ast.Store()), at)
     return ast.copy_location(ast.Assign([target], value), at)
@@ -239,6 +229,4 @@ def _flag(name: str, value: bool, at: ast.AST) -> ast.stmt:
 
 def negated_any(names: Sequence[str], at: ast.AST) -> ast.expr:
     """Return ``not (a or b or ...)``."""
-    loads = [_name(name, at) for name in names]
-    either = loads[0] if len(loads) == 1 else ast.copy_location(ast.BoolOp(ast.Or(), loads), at)
-    return ast.copy_location(ast.UnaryOp(ast.Not(), either), at)
+    return expression(f"not ({' or '.join(names)})", at)

@@ -74,7 +74,7 @@ def _trace_loop(asks: Callable[[], Any], body: Callable[[], Any], state: State, 
     following: list[torch.Tensor] = []
     for name, began, ended in zip(state.names, start, after, strict=True):
         if name in state.live:
-            _next_values(began, ended, following, name, at)
+            _next_values(began, ended, following)
     markers.LOOP_NEXT(following, region)
     markers.END_LOOP(region)
     results = iter([markers.LOOP_RESULT(one, region) for one in variables])
@@ -226,7 +226,7 @@ def _paired_with_carried(began: Any, ended: Any, carry: Callable[[Any, Any, str]
     return pytree.tree_unflatten(paired, spec)
 
 
-def _next_values(began: Any, ended: Any, following: list[torch.Tensor], name: str, at: Where) -> None:
+def _next_values(began: Any, ended: Any, following: list[torch.Tensor]) -> None:
     if isinstance(began, Undefined):
         return
     for a, b in zip(pytree.tree_leaves(began), pytree.tree_leaves(ended), strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.control_flow.scalars import TracedNumber, as_number
-from fxopt.control_flow.session import Where, refusal, session
+from fxopt.control_flow.session import Where, refusal
 
 __all__ = ["is_known", "is_traced", "truth"]
 
@@ -29,7 +29,7 @@ def is_known(value: Any) -> bool:
 def truth(value: Any, at: Where) -> torch.Tensor:
     """Return what ``bool(value)`` would be, as a bool tensor without dimensions."""
     if isinstance(value, torch.SymBool):
-        return session().size_predicate(value)
+        return _size_predicate(value)
     if isinstance(value, torch.Tensor) and value.numel() != 1:
         raise refusal(
             "a branch asks for the truth of a tensor that has more than one element",
@@ -38,3 +38,11 @@ def truth(value: Any, at: Where) -> torch.Tensor:
             try_="any() or all() of the tensor, or torch.where to choose element by element",
         )
     return as_number(value).as_kind(bool).tensor
+
+
+def _size_predicate(condition: torch.SymBool) -> torch.Tensor:
+    if statically_known_true(condition):
+        return torch.full((), True)
+    if statically_known_true(torch.sym_not(condition)):
+        return torch.full((), False)
+    return torch.full((), torch.sym_ite(condition, 1, 0), dtype=torch.int64).to(torch.bool)

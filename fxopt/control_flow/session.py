@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.errors import CaptureError, describe
 
@@ -88,14 +87,6 @@ class Session:
             yield
         finally:
             self.depth, self.in_trial = self.depth - 1, was
-
-    def size_predicate(self, condition: torch.SymBool) -> torch.Tensor:
-        """Return a condition on sizes as a bool tensor without dimensions."""
-        if statically_known_true(condition):
-            return torch.full((), True)
-        if statically_known_true(torch.sym_not(condition)):
-            return torch.full((), False)
-        return torch.full((), torch.sym_ite(condition, 1, 0), dtype=torch.int64).to(torch.bool)
 
 
 _CURRENT: list[Session] = []

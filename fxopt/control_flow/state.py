@@ -50,7 +50,8 @@ def trial(state: State, at: Where) -> Iterator[Heap]:
     """Run the block as a trace that is thrown away, then put every name and container back; yields the containers."""
     here = session()
     region = here.new_region(at)
-    before, heap = state.take(), Heap(state.seen(), state.take(), here.modules)
+    before = state.take()
+    heap = Heap(state.seen(), before, here.modules)
     markers.BEGIN_TRIAL(region)
     try:
         with here.inside(trial=True):

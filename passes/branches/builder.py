@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from fxopt.attributes import attach, fresh_name, get_path, owner_of
+from fxopt.passes.branches.sides import Branch
+from fxopt.regions import add_placeholders, add_results, results_of
 
 __all__ = ["SideBuilder"]
 
@@ -15,21 +17,13 @@ Node = torch.fx.Node
 
 
 class SideBuilder:
-    """Builds the graph of one side; what it reads from around becomes a placeholder each.
-
-    Attributes:
-        outer: The nodes of the graph around that the side gets, in order; fixed from the start, so that both sides of
-            a branch get the same.
-    """
+    """Builds the graph of one side; what it reads from around becomes a placeholder each."""
 
     def __init__(self, outer: Sequence[Node]) -> None:
-        self.outer = list(outer)
+        """Args: outer: what the side gets; fixed from the start, so that both sides of a branch get the same."""
         self.graph = torch.fx.Graph()
         self.root = torch.nn.Module()
-        self.env: dict[Node, Node] = {}
-        for node in outer:
-            self.env[node] = self.graph.placeholder(node.name)
-            self.env[node].meta = {"val": node.meta["val"]}
+        self.env = add_placeholders(self.graph, outer)
 
     def add(self, nodes: Iterable[Node], bound: Mapping[Node, Any]) -> dict[Node, Any]:
         """Copy nodes of another graph, in order.
@@ -66,15 +60,20 @@ class SideBuilder:
         read.meta = dict(node.meta)
         return read
 
+    def add_side(self, branch: Branch, side: bool, around: Mapping[Node, Any] | None = None) -> list[Any]:
+        """Copy one side of a branch, and return what it yields.
+
+        Args:
+            branch: The branch.
+            side: Which side.
+            around: What the nodes around the branch are in this graph; its placeholders if not given.
+        """
+        known: Mapping[Node, Any] = self.env if around is None else around
+        bound = {inner: known.get(given, given) for inner, given in branch.bound(side).items()}
+        env = self.add(branch.inner(side), bound)
+        return [env[result] for result in results_of(branch.side(side))]
+
     def finished(self, results: Sequence[Any]) -> torch.fx.GraphModule:
         """Return the graph, yielding ``results``: nodes of it."""
-        given = set(self.env.values())
-        listed: list[Any] = []
-        for result in results:
-            if isinstance(result, Node) and (result in given or result in listed):
-                copy = self.graph.call_function(torch.ops.aten.clone.default, (result,))
-                copy.meta = {key: result.meta[key] for key in ("val", "stack_trace") if key in result.meta}
-                result = copy
-            listed.append(result)
-        self.graph.output(tuple(listed))
+        add_results(self.graph, results)
         return torch.fx.GraphModule(self.root, self.graph, "Region")

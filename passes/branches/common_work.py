@@ -48,9 +48,9 @@ def hoist(rw: Rewriter, branch: Branch) -> Node | None:
     for side, works in ((True, first), (False, second)):
         known = {node: given[work] for node, work in works.items() if isinstance(work, str) and work in given}
         sides.append(rebuilt(branch, side, known, outer))
-    made = insert_branch(rw, sides, outer, like=branch, before=branch.node, why=why)
+    call, made = insert_branch(rw, sides, outer, like=branch, before=branch.node, why=why)
     replace_branch(rw, branch, made, why=why)
-    return made[0].args[0] if made else None  # type: ignore[return-value]  # the call that it takes apart
+    return call
 
 
 def rebuilt(

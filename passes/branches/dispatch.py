@@ -10,15 +10,22 @@ is known there. Weights stay outside and are shared: an exported file holds each
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from fxopt import Contract, Pass, Rewriter
 from fxopt.effects import has_effect
 from fxopt.passes.branches.builder import SideBuilder
-from fxopt.passes.branches.merge_branches import dependents
-from fxopt.passes.branches.sides import Branch, insert_branch, line_of, nodes_among
+from fxopt.passes.branches.sides import (
+    Branch,
+    dependents,
+    discard_unread,
+    insert_branch,
+    line_of,
+    nodes_among,
+    nodes_between,
+)
 from fxopt.regions import COND, body_of, results_of
 
 __all__ = ["Dispatch"]
@@ -66,8 +73,7 @@ def _dispatched(rw: Rewriter, branch: Branch) -> bool:
     results = dict(branch.results())
     own = {branch.node, *results.values()}
     output = branch.node.graph.output_node()
-    after = _until(branch.node, output)
-    tail = [node for node in dependents(own, after) if node not in own]
+    tail = dependents(own, nodes_between(branch.node, output))
     effects = [node for node in tail if has_effect(node)]
     if effects:
         rw.skip(branch.node, f"{effects[0].name}, which follows it, has an effect")
@@ -81,23 +87,12 @@ def _dispatched(rw: Rewriter, branch: Branch) -> bool:
     sides = []
     for side in (True, False):
         builder = SideBuilder(outer)
-        env = builder.add(branch.inner(side), {p: builder.env.get(n, n) for p, n in branch.bound(side).items()})
-        made: list[Any] = [env[result] for result in results_of(branch.side(side))]
+        made = builder.add_side(branch, side)
         env = builder.add(tail, {node: made[index] for index, node in results.items()})
         sides.append(builder.finished([env[node] for node in yields]))
     why = f"{line_of(branch.node)}: what follows it moves into both sides"
-    new = insert_branch(rw, sides, outer, like=branch, before=output, why=why, names=_NAMES)
+    _, new = insert_branch(rw, sides, outer, like=branch, before=output, why=why, names=_NAMES)
     for node, result in zip(yields, new, strict=True):
         rw.replace_value(node, result, why=why)
-    for node in reversed(tail):  # what nobody read before either
-        if not node._erased and not node.users:
-            rw.discard(node, why=why)
+    discard_unread(rw, tail, why=why)  # what nobody read before either
     return True
-
-
-def _until(first: Node, last: Node) -> list[Node]:
-    found, node = [], first.next
-    while node is not last:
-        found.append(node)
-        node = node.next
-    return found

@@ -9,17 +9,25 @@ What stands between both and reads the first moves into the sides; it must be re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from fxopt import Rewriter
 from fxopt.effects import is_pure
 from fxopt.passes.branches.builder import SideBuilder
-from fxopt.passes.branches.sides import Branch, insert_branch, line_of, nodes_among, replace_branch
+from fxopt.passes.branches.sides import (
+    Branch,
+    dependents,
+    discard_unread,
+    insert_branch,
+    line_of,
+    nodes_among,
+    nodes_between,
+    replace_branch,
+)
 from fxopt.regions import COND, results_of
 
-__all__ = ["dependents", "merge_with_next"]
+__all__ = ["merge_with_next"]
 
 Node = torch.fx.Node
 
@@ -29,9 +37,9 @@ def merge_with_next(rw: Rewriter, branch: Branch) -> Node | None:
     later = _later(branch)
     if later is None:
         return None
-    between = _between(branch.node, later.node)
+    between = nodes_between(branch.node, later.node)
     own = {branch.node, *(node for _, node in branch.results())}
-    moving = [node for node in dependents(own, between) if node not in own]
+    moving = dependents(own, between)
     problem = _problem(branch, later, between, own, moving)
     if problem is not None:
         rw.skip(later.node, f"not merged with the branch at {line_of(branch.node)}: {problem}")
@@ -46,24 +54,6 @@ def _later(branch: Branch) -> Branch | None:
             return Branch.of(node)
         node = node.next
     return None
-
-
-def _between(first: Node, last: Node) -> list[Node]:
-    found, node = [], first.next
-    while node is not last:
-        found.append(node)
-        node = node.next
-    return found
-
-
-def dependents(roots: set[Node], nodes: Sequence[Node]) -> list[Node]:
-    """Return those of ``nodes``, in order, that read one of ``roots`` or of each other."""
-    known, found = set(roots), []
-    for node in nodes:
-        if any(source in known for source in node.all_input_nodes):
-            known.add(node)
-            found.append(node)
-    return found
 
 
 def _problem(
@@ -82,21 +72,19 @@ def _problem(
     return None
 
 
-def _merged(rw: Rewriter, first: Branch, later: Branch, moving: Sequence[Node]) -> Node | None:
+def _merged(rw: Rewriter, first: Branch, later: Branch, moving: Sequence[Node]) -> Node:
     results = dict(first.results())
     inside = {first.node, *results.values(), *moving}
     reads = [source for node in moving for source in node.all_input_nodes]
     outer = [node for node in nodes_among([*first.operands, *reads, *later.operands]) if node not in inside]
     sides = [_both(first, later, side, results, moving, outer) for side in (True, False)]
     why = f"{line_of(later.node)}: decided together with {line_of(first.node)}"
-    made = insert_branch(rw, sides, outer, like=first, before=later.node, why=why)
+    call, made = insert_branch(rw, sides, outer, like=first, before=later.node, why=why)
     shift = len(results_of(first.side(True)))
     replace_branch(rw, later, made[shift:], why=why)
-    for node in reversed(moving):
-        if not node._erased and not node.users:
-            rw.discard(node, why=why)
+    discard_unread(rw, moving, why=why)
     replace_branch(rw, first, made[:shift], why=why)
-    return made[0].args[0] if made else None  # type: ignore[return-value]  # the call that it takes apart
+    return call
 
 
 def _both(
@@ -104,8 +92,6 @@ def _both(
 ) -> torch.fx.GraphModule:
     """Return the side that does what both branches do there."""
     builder = SideBuilder(outer)
-    env = builder.add(first.inner(side), {p: builder.env.get(n, n) for p, n in first.bound(side).items()})
-    made: list[Any] = [env[result] for result in results_of(first.side(side))]
+    made = builder.add_side(first, side)
     around = builder.add(moving, {node: made[index] for index, node in results.items()})
-    env = builder.add(later.inner(side), {p: around.get(n, n) for p, n in later.bound(side).items()})
-    return builder.finished([*made, *(env[result] for result in results_of(later.side(side)))])
+    return builder.finished([*made, *builder.add_side(later, side, around)])

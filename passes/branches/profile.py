@@ -10,10 +10,8 @@ import torch
 
 from fxopt import CapturedModule, Sample, source_line
 from fxopt.eager_control_flow import observing
-from fxopt.graph_module import graph_modules
 from fxopt.isolation import isolated
-from fxopt.passes.branches.sides import line_of
-from fxopt.regions import COND, body_of
+from fxopt.passes.branches.sides import Branch, branches_in, line_of
 
 __all__ = ["BranchCount", "BranchProfile", "profile_branches"]
 
@@ -87,8 +85,8 @@ def profile_branches(gm: CapturedModule, inputs: Iterable[Any] | None = None) ->
     Raises:
         InputError: a sample does not fit the graph.
     """
-    branches = [node for module in graph_modules(gm) for node in module.graph.nodes if node.target is COND]
-    owners = {body_of(node.args[1]): node for node in branches}
+    branches = branches_in(gm)
+    owners = {Branch.of(node).side(True): node for node in branches}
     counts = {node: [0, 0] for node in branches}
 
     def count(true_side: Any, taken: bool) -> None:

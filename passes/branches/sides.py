@@ -13,9 +13,13 @@ from fxopt import Rewriter
 from fxopt.args import source_location
 from fxopt.attributes import get_path, owner_of
 from fxopt.effects import has_effect
+from fxopt.graph_module import graph_modules
 from fxopt.regions import COND, body_of, results_of
 
-__all__ = ["Branch", "copy_side", "inline_side", "insert_branch", "line_of", "nodes_among", "replace_branch"]
+__all__ = [
+    "Branch", "branches_in", "copy_side", "dependents", "discard_unread", "inline_side", "insert_branch", "line_of",
+    "nodes_among", "nodes_between", "replace_branch",
+]  # fmt: skip
 
 Node = torch.fx.Node
 
@@ -93,8 +97,7 @@ def replace_branch(rw: Rewriter, branch: Branch, results: Sequence[Any], *, why:
     """Let the readers of a branch read other values, and drop it."""
     for index, node in branch.results():
         rw.replace_value(node, results[index], why=why)
-    if not branch.node._erased and not branch.node.users:
-        rw.discard(branch.node, why=why)
+    discard_unread(rw, [branch.node], why=why)
 
 
 def insert_branch(
@@ -106,8 +109,8 @@ def insert_branch(
     before: Node,
     why: str,
     names: Sequence[str] = (),
-) -> list[Node]:
-    """Insert a branch on the predicate of another one, with other sides, and return the nodes of its results."""
+) -> tuple[Node, list[Node]]:
+    """Insert a branch on the predicate of another one, with other sides; return it and the nodes of its results."""
     names = names or [str(node.target) for node in like.node.args[1:3]]  # type: ignore[union-attr]  # get_attr nodes
     for side in sides:
         side.graph.eliminate_dead_code(is_impure_node=has_effect)
@@ -115,10 +118,42 @@ def insert_branch(
     graphs = [rw.graph(name, side, near=before, why=why) for name, side in zip(names, sides, strict=True)]
     args = (like.predicate, *graphs, tuple(outer))
     call = rw.insert_call(COND, args, before=before, why=why, sources=[like.node])
-    return [
+    results = [
         rw.insert_call(operator.getitem, (call, index), before=before, why=why, sources=[like.node])
         for index in range(len(results_of(sides[0])))
     ]
+    return call, results
+
+
+def branches_in(gm: torch.fx.GraphModule) -> list[Node]:
+    """Return the branches of a graph and of the graphs inside it."""
+    return [node for module in graph_modules(gm) for node in module.graph.nodes if node.target is COND]
+
+
+def nodes_between(first: Node, last: Node) -> list[Node]:
+    """Return the nodes that stand after ``first`` and before ``last``."""
+    found, node = [], first.next
+    while node is not last:
+        found.append(node)
+        node = node.next
+    return found
+
+
+def dependents(roots: set[Node], nodes: Sequence[Node]) -> list[Node]:
+    """Return those of ``nodes``, in order, that are no roots and read one of them or of each other."""
+    known, found = set(roots), []
+    for node in nodes:
+        if node not in roots and any(source in known for source in node.all_input_nodes):
+            known.add(node)
+            found.append(node)
+    return found
+
+
+def discard_unread(rw: Rewriter, nodes: Sequence[Node], *, why: str) -> None:
+    """Erase those of ``nodes`` that nobody reads, the last ones first."""
+    for node in reversed(nodes):
+        if not node._erased and not node.users:
+            rw.discard(node, why=why)
 
 
 def nodes_among(items: Iterable[Any]) -> list[Node]:

@@ -123,9 +123,9 @@ def _drop_unread(rw: Rewriter, branch: Branch) -> Node | None:
         return None
     sides = [rebuilt(branch, side, {}, outer, keep=sorted(read)) for side in (True, False)]
     why = f"{line_of(branch.node)}: what nobody reads is left out"
-    made = insert_branch(rw, sides, outer, like=branch, before=branch.node, why=why)
+    call, made = insert_branch(rw, sides, outer, like=branch, before=branch.node, why=why)
     results: list[Any] = [None] * len(results_of(branch.side(True)))
     for index, node in zip(sorted(read), made, strict=True):
         results[index] = node
     replace_branch(rw, branch, results, why=why)
-    return made[0].args[0] if made else None  # type: ignore[return-value]  # the call that it takes apart
+    return call

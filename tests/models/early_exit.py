@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.tools.demo_net import Digits
+from fxopt.tools.demo_net import Digits, fit
 
 THRESHOLD = 0.95  # of the least sure image of a batch
-_BATCH = 64
 
 
 class EarlyExitNet(nn.Module):
@@ -66,21 +65,15 @@ def _conv(inputs: int, outputs: int) -> nn.Sequential:
 
 def train(net: EarlyExitNet, digits: Digits, seed: int = 0, *, epochs: int = 6) -> EarlyExitNet:
     """Train both heads of ``net`` on the digits and return it in eval mode; the random state is left as it was."""
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        early, final = net.both(images)
+        return F.cross_entropy(early, labels) + F.cross_entropy(final, labels)
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        optimizer = torch.optim.AdamW(net.train().parameters(), lr=5e-3)
-        steps = epochs * (len(digits.train_images) // _BATCH)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
-        for _ in range(epochs):
-            order = torch.randperm(len(digits.train_images))
-            for chosen in order[: len(order) // _BATCH * _BATCH].split(_BATCH):
-                optimizer.zero_grad()
-                early, final = net.both(digits.train_images[chosen])
-                labels = digits.train_labels[chosen]
-                (F.cross_entropy(early, labels) + F.cross_entropy(final, labels)).backward()
-                optimizer.step()
-                schedule.step()
-    return net.eval()
+        fit(net, digits, loss, epochs=epochs, rate=5e-3)
+    return net
 
 
 def leaves_early(net: EarlyExitNet, images: Tensor) -> Tensor:

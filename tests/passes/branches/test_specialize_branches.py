@@ -10,7 +10,7 @@ import torch
 
 import fxopt
 from fxopt.passes import SpecializeBranches, profile_branches
-from fxopt.regions import COND
+from fxopt.passes.branches.sides import branches_in
 from fxopt.testing import check_pass
 from tests.models.control_flow import PROGRAMS
 
@@ -22,11 +22,6 @@ def captured(name: str) -> tuple[Any, fxopt.CapturedModule]:
     return model, fxopt.capture(model, program.inputs(0), dynamic_shapes=program.dynamic_shapes)
 
 
-def branches(gm: fxopt.CapturedModule) -> list[torch.fx.Node]:
-    modules = fxopt.graph_module.graph_modules(gm)
-    return [node for module in modules for node in module.graph.nodes if node.target is COND]
-
-
 def line(gm: fxopt.CapturedModule, index: int = 0) -> str:
     return profile_branches(gm, []).branches[index].line
 
@@ -35,7 +30,7 @@ def line(gm: fxopt.CapturedModule, index: int = 0) -> str:
 def test_chosen_side_is_exact_and_the_other_one_raises(side: bool) -> None:
     model, gm = captured("textbook")
     result = check_pass(SpecializeBranches(sides={line(gm): side}), gm)
-    assert branches(result.gm) == []
+    assert branches_in(result.gm) == []
     outcomes = set()
     for seed in range(30):
         (x,) = PROGRAMS["textbook"].inputs(seed)
@@ -55,8 +50,8 @@ def test_chosen_side_is_exact_and_the_other_one_raises(side: bool) -> None:
 def test_samples_choose_and_nested_branches_follow() -> None:
     model, gm = captured("elif")
     result = check_pass(SpecializeBranches(samples=True), gm)
-    assert len(branches(gm)) == 3
-    assert branches(result.gm) == []
+    assert len(branches_in(gm)) == 3
+    assert branches_in(result.gm) == []
     (x,) = PROGRAMS["elif"].inputs(0)
     assert torch.equal(result.gm(x), model(x))
 
@@ -78,14 +73,14 @@ def test_share_of_a_profile_decides() -> None:
     inputs = [PROGRAMS["textbook"].inputs(seed) for seed in (0, 1, 2, 4)]  # three short ones, one long
     profile = profile_branches(gm, inputs)
     assert SpecializeBranches(profile=profile)(gm).changes == ()
-    assert branches(SpecializeBranches(profile=profile, min_share=0.7)(gm).gm) == []
+    assert branches_in(SpecializeBranches(profile=profile, min_share=0.7)(gm).gm) == []
 
 
 def test_branches_of_an_unrolled_loop_are_told_apart() -> None:
     model, gm = captured("mixture of experts")
     result = SpecializeBranches(samples=True)(gm)
-    assert len(branches(gm)) == 4
-    assert branches(result.gm) == []
+    assert len(branches_in(gm)) == 4
+    assert branches_in(result.gm) == []
     (x,) = PROGRAMS["mixture of experts"].inputs(0)
     assert torch.equal(result.gm(x), model(x))
     assert sum(node.target is torch.ops.aten.linear.default for node in result.gm.graph.nodes) == 3  # gate, one expert
