@@ -3,13 +3,15 @@
 EXACT       bit for bit the same outputs, NaN included, the sign of zero excepted.
 ROUNDING    the same real-number function, evaluated in another order: the error against a float64 run of the graph is
             at most ``factor`` times the error that the graph itself had before the pass (see fxopt.numerics).
-LOSSY       another function on purpose; a metric of the outputs stays on the right side of a floor.
+LOSSY       another function on purpose; on inputs that the user gave, a metric of the outputs stays on the right side
+            of a floor, and on all others no NaN appears and no type or shape changes.
 TRAINING    the training step changes, the result in evaluation does not: EXACT in eval mode.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 __all__ = ["METRICS", "Contract"]
@@ -65,6 +67,11 @@ class Contract:
                 "LOSSY(" + ", ".join(f"{m} {'>=' if METRICS[m] else '<='} {floor:g}" for m, floor in self.floors) + ")"
             )
         return self.kind
+
+    def without_floors(self) -> Contract:
+        """Return the LOSSY promise that is left where no floor holds: type and shape, and no new NaN."""
+        worst = {metric: -math.inf if METRICS[metric] else math.inf for metric, _ in self.floors}
+        return dataclasses.replace(self, floors=tuple(worst.items()))
 
     def then(self, other: Contract) -> Contract:
         """Return what holds after both: the weaker kind, the factors multiplied where both round, the floors joined.

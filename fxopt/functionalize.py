@@ -339,6 +339,15 @@ def _storage(node: torch.fx.Node) -> StorageWeakRef | None:
     return StorageWeakRef(found.untyped_storage()) if isinstance(found, torch.Tensor) else None
 
 
+def same_value_type(old: Any, new: Any) -> bool:
+    """Return whether two nodes yield tensors of one type, shape and layout, so that readers cannot tell them apart."""
+    a, b = (item.meta.get("val") if isinstance(item, torch.fx.Node) else None for item in (old, new))
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dtype != b.dtype:
+        return False
+    # As text: comparing symbolic sizes would tie them to what they are now.
+    return [str(size) for size in (*a.shape, *a.stride())] == [str(size) for size in (*b.shape, *b.stride())]
+
+
 def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
     if target is COND or target is WHILE_LOOP:

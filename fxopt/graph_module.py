@@ -74,6 +74,7 @@ class CapturedModule(torch.fx.GraphModule):
         output_names: A name for each tensor or number that the graph returns.
         dims: The dynamic sizes by name.
         samples: The example inputs.
+        calibration: Inputs that passes may measure on, as the user gave them; not saved with the graph.
         modes: ``"both"``, or the one mode that the graph is valid in.
         report: What the passes did.
     """
@@ -82,6 +83,7 @@ class CapturedModule(torch.fx.GraphModule):
     output_names: tuple[str, ...]
     dims: dict[str, Dimension]
     samples: tuple[Sample, ...]
+    calibration: Any
     modes: Modes
     modes_reason: str
     report: Report | None
@@ -89,6 +91,7 @@ class CapturedModule(torch.fx.GraphModule):
     def __init__(self, root: torch.nn.Module, graph: torch.fx.Graph, class_name: str = "CapturedModule") -> None:
         super().__init__(root, graph, class_name)
         self.inputs, self.output_names, self.dims, self.samples = (), (), {}, ()
+        self.calibration = None
         self.modes, self.modes_reason, self.report = "both", "", None
         self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 

@@ -102,7 +102,7 @@ class PassManager:
         checking = time.perf_counter()
         try:
             _check_honesty(item, good, stamp, result)
-            step.skips = result.skips
+            step.skips, step.notes = result.skips, result.notes
             if not result.modified:
                 return good
             verify(result.gm, after=item.spec())
@@ -131,7 +131,7 @@ class PassManager:
         why = _contract_text(item, problem, result)
         step.rolled_back = (RolledBack((), why),)
         log.warning("pass %s breaks its contract: %s", item.spec(), problem)
-        if len(sites) < 2 or "" in sites:
+        if not item.divisible or len(sites) < 2 or "" in sites:
             return nothing, []
 
         def holds(chosen: list[str]) -> bool:

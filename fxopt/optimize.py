@@ -22,6 +22,7 @@ def optimize(
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,
+    calibration: Any = None,
     strict: bool = False,
     check: Check = "all",
     progress: Callable[[int, int, str], None] | None = None,
@@ -36,6 +37,9 @@ def optimize(
             text. If not given, ``fxopt.passes.DEFAULT``: the lossless clean-up.
         example_inputs: See :func:`fxopt.capture`.
         dynamic_shapes: See :func:`fxopt.capture`.
+        calibration: Inputs that passes may measure on: any iterable of tensors, tuples, dicts or ``(input, label)``
+            pairs, of any batch size that the graph allows, or a function that returns one. The example inputs are
+            taken if not given.
         strict: Raise at the first pass that fails or breaks its contract, instead of leaving it out of the result.
         check: How much to run for checking: ``"all"``, ``"samples"`` or ``"off"``. See :class:`fxopt.PassManager`.
         progress: Called before each pass with its index, the number of passes, and its name.
@@ -48,4 +52,8 @@ def optimize(
         passes = importlib.import_module("fxopt.passes").DEFAULT
     # A misspelt pass must fail before minutes of tracing, so the list is read first.
     manager = PassManager(passes, strict=strict, check=check, progress=progress)
-    return manager.run(capture(model, example_inputs, dynamic_shapes=dynamic_shapes))
+    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    if calibration is not None:
+        gm = gm.clone()  # a graph that was given captured is the user's
+        gm.calibration = calibration
+    return manager.run(gm)

@@ -27,15 +27,19 @@ class PassResult(TorchPassResult):
         graph_module, modified: As torch's own PassResult has them; ``modified`` is ``bool(changes)``.
         changes: Every change, in order.
         skips: Every refusal, with its reason.
+        notes: What else the pass reports.
     """
 
     changes: tuple[Change, ...]
     skips: tuple[Skip, ...]
+    notes: tuple[str, ...]
 
-    def __new__(cls, gm: CapturedModule, changes: Collection[Change], skips: Collection[Skip]) -> PassResult:
+    def __new__(
+        cls, gm: CapturedModule, changes: Collection[Change], skips: Collection[Skip], notes: Collection[str] = ()
+    ) -> PassResult:
         """Return the result of a pass that made these changes and refusals."""
         self = cast("PassResult", super().__new__(cls, gm, bool(changes)))
-        self.changes, self.skips = tuple(changes), tuple(skips)
+        self.changes, self.skips, self.notes = tuple(changes), tuple(skips), tuple(notes)
         return self
 
     @property
@@ -55,6 +59,7 @@ class Pass(PassBase):
             until a pass ends it; any other one holds from when a pass gives it.
         gives, ends: Facts that hold, or no longer hold, after the pass.
         evaluation_only: The promise is about evaluation; while training, the rewritten graph may do something else.
+        divisible: If it breaks its contract, the guilty sites can be left out one by one; if not, all of it is undone.
 
     A pass has no state: whatever it learns of the graph stays inside ``run``.
     """
@@ -65,6 +70,7 @@ class Pass(PassBase):
     gives: ClassVar[frozenset[str]] = frozenset()
     ends: ClassVar[frozenset[str]] = frozenset()
     evaluation_only: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -93,7 +99,7 @@ class Pass(PassBase):
         rw = Rewriter(graph_module.clone(), self.name, only=only)
         self.run(rw)
         rw.finish()
-        return PassResult(rw.gm, rw.changes, rw.skips)
+        return PassResult(rw.gm, rw.changes, rw.skips, rw.notes)
 
     def call(self, graph_module: torch.fx.GraphModule) -> PassResult:
         """Do what calling the pass does; this is where torch's own PassManager looks."""
@@ -104,7 +110,10 @@ class Pass(PassBase):
         options = []
         for field in dataclasses.fields(self):
             given = getattr(self, field.name)
-            if given != field.default:
+            if not field.repr:  # what no text can make again
+                if given not in (None, field.default):
+                    options.append(f"{field.name}=...")
+            elif given != field.default:
                 options.append(
                     f"{field.name}={'|'.join(map(str, given)) if isinstance(given, tuple | frozenset) else given}"
                 )

@@ -45,6 +45,7 @@ class Step:
         contract: What it promises.
         status: What became of it.
         changes, skips: Its record, after rollback.
+        notes: What else the pass reported.
         rolled_back: What was undone.
         seconds: Time in the pass itself.
         check_seconds: Time spent checking it.
@@ -60,6 +61,7 @@ class Step:
     status: Status = "unchanged"
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
     rolled_back: tuple[RolledBack, ...] = ()
     seconds: float = 0.0
     check_seconds: float = 0.0
@@ -120,6 +122,7 @@ class Report:
                 f"  {step.name}: undone {_sites(undone)}\n    " + undone.why.replace("\n", "\n    ")
                 for undone in step.rolled_back
             ]
+            lines += [f"  {step.name}: {note}" for note in step.notes]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
@@ -143,7 +146,8 @@ def _step(entry: dict[str, Any]) -> Step:
     )
     changes = tuple(Change(**item) for item in entry["changes"])
     skips = tuple(Skip(**item) for item in entry["skips"])
-    return Step(**(entry | pairs | {"rolled_back": undone, "errors": errors, "changes": changes, "skips": skips}))
+    lists = {"rolled_back": undone, "errors": errors, "changes": changes, "skips": skips}
+    return Step(**(entry | pairs | lists | {"notes": tuple(entry.get("notes", ()))}))
 
 
 def _row(step: Step) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from fxopt.attributes import (
 from fxopt.changes import Change, Skip
 from fxopt.effects import has_effect, is_random
 from fxopt.errors import PassError, describe
-from fxopt.functionalize import fake_call
+from fxopt.functionalize import fake_call, same_value_type
 from fxopt.graph_module import CapturedModule, Provenance, graph_modules
 
 __all__ = ["Change", "Rewriter", "Skip"]
@@ -42,6 +42,7 @@ class Rewriter:
         gm: The graph under change; to be read, not written.
         changes: What was done, in order.
         skips: What was refused, with reasons.
+        notes: What else the report should say, such as what was tried and measured.
     """
 
     def __init__(self, gm: CapturedModule, pass_name: str, *, only: Collection[str] | None = None) -> None:
@@ -50,6 +51,7 @@ class Rewriter:
         self.pass_name = pass_name
         self.changes: list[Change] = []
         self.skips: list[Skip] = []
+        self.notes: list[str] = []
         self._only = None if only is None else frozenset(only)
         self._site = ""
         self._attributes = {name for name, _ in named_tensors(gm)}
@@ -229,7 +231,7 @@ class Rewriter:
         """Let ``node`` alone take ``new``, a node or a number, where it took ``old``, and update its value."""
         swap = torch.fx.map_arg((node.args, node.kwargs), lambda source: new if source is old else source)
         node.args, node.kwargs = swap
-        if node.op == "call_function":
+        if node.op == "call_function" and not same_value_type(old, new):
             node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
         self._record("argument", node, why)
         self._erase_dead([old])
