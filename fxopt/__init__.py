@@ -7,6 +7,7 @@ from fxopt.contracts import Contract
 from fxopt.control_flow import CaptureWarning
 from fxopt.dimensions import Dimension, Sample
 from fxopt.errors import (
+    CalibrationError,
     CaptureError,
     ContractError,
     ExportError,
@@ -34,6 +35,7 @@ from fxopt.serialize import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "CaptureWarning",
     "CapturedModule",

@@ -3,6 +3,7 @@
 FxoptError
 ├── CaptureError          the model or its example inputs cannot become a graph
 │   └── ModeError         the graph cannot switch between training and evaluation
+├── CalibrationError      calibration data do not fit the graph, or make it compute NaN
 ├── InputError            a captured graph was called with inputs it was not captured for
 ├── GuardError            inputs ask for a side of a branch that was cut off
 ├── PassError             a pass, or the list of passes, is wrong
@@ -21,6 +22,7 @@ Wrong *types* of arguments raise ``TypeError`` and wrong option values ``ValueEr
 from __future__ import annotations
 
 __all__ = [
+    "CalibrationError",
     "CaptureError",
     "ContractError",
     "ExportError",
@@ -49,6 +51,10 @@ class CaptureError(FxoptError):
 
 class ModeError(CaptureError):
     """The graph was captured in one mode and cannot be switched to the other."""
+
+
+class CalibrationError(FxoptError):
+    """Calibration data do not fit the graph, or the graph computes NaN or infinity from them."""
 
 
 class InputError(FxoptError):
