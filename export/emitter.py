@@ -270,8 +270,29 @@ class Emitter:
                 value = source
         if order == sorted(order):
             return value
+        if (held := self._transposed_integers(value, order)) is not None:
+            return held
         known = value.meta.get("dims")
         return self("Transpose", value, perm=order, dims=None if known is None else [known[axis] for axis in order])
+
+    def _transposed_integers(self, value: Value, order: Sequence[int]) -> Value | None:
+        """Transpose a dequantized constant as the integers that it is stored as; None if ``value`` is none."""
+        producer = value.producer()
+        if producer is None or producer.op_type != "DequantizeLinear" or producer.inputs[0] is None:
+            return None
+        integers, *parameters = producer.inputs
+        if integers is None or tensor_of(integers) is None:
+            return None
+        axis = producer.attributes["axis"].as_int() if "axis" in producer.attributes else None
+        turned = self.transpose(integers, order)
+        return self(
+            "DequantizeLinear",
+            turned,
+            *parameters,
+            axis=None if axis is None else order.index(axis),
+            domain=producer.domain,
+            dims=[dims(value)[axis] for axis in order],
+        )
 
     # -- graphs --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from fxopt.export.translations import (  # noqa: F401  (imported for the registr
     linear,
     normalization,
     pad,
+    quantized,
     recurrent,
     reduce,
     resize,

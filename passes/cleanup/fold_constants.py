@@ -7,7 +7,8 @@ Exact: the same kernel computes the same bits now as later, and the result keeps
 read it do the same too. Trainable parameters are not constants, nor are buffers that the graph writes; random calls and
 calls with effects stay. What the model returns stays a call as well: the caller may write into it, and must not write
 into the constant. A result that is much larger than what it is made from stays, so that an ``expand`` does not blow up
-the file. A size that is known (``sym_size`` of a fixed axis) becomes a number.
+the file, and a weight that is stored as integers stays one. A size that is known (``sym_size`` of a fixed axis) becomes
+a number.
 """
 
 from __future__ import annotations
@@ -130,6 +131,8 @@ class _Constants:
     def _is_foldable(self, node: torch.fx.Node) -> bool:
         if "modes" in node.meta or node.target in _UNINITIALIZED or not is_pure(node):
             return False
+        if isinstance(node.target, OpOverload) and node.target.namespace == "fxopt":
+            return False  # it reads a tensor that was made small on purpose
         if not all(source in self.known for source in sources_of(node)) or bytes_of(node) > _LARGEST_STEP_BYTES:
             return False
         return isinstance(node.target, OpOverload) or getattr(node.target, "__module__", "") in ("_operator", "math")

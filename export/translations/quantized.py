@@ -1,0 +1,61 @@
+"""Quantize and dequantize, as the pairs of ONNX nodes that runtimes fuse into integer kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank, tensor_of
+from fxopt.export.registry import translates
+from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+
+_WIDE = frozenset({torch.int16, torch.uint16})
+_FIRST_OPSET_WITH_WIDE = 21
+
+
+@translates(QUANTIZE)
+def quantize(emit: Emitter, x: Value, scale: Value, zero_point: Value, axis: int, qmin: int, qmax: int) -> Value:
+    """ONNX saturates at the ends of the integer type; a narrower range is cut off in front of it."""
+    stored = torch.iinfo(dtype_of(zero_point))
+    if (qmin, qmax) != (stored.min, stored.max):
+        x = _clipped(emit, x, scale, zero_point, axis, qmin, qmax)
+    return emit("QuantizeLinear", x, scale, zero_point, **_options(emit, x, scale, zero_point, axis))
+
+
+@translates(DEQUANTIZE)
+def dequantize(emit: Emitter, q: Value, scale: Value, zero_point: Value, axis: int) -> Value:
+    return emit("DequantizeLinear", q, scale, zero_point, **_options(emit, q, scale, zero_point, axis))
+
+
+@translates(FAKE_QUANTIZE)
+def fake_quantize(emit: Emitter, x: Value, scale: Value, zero_point: Value, axis: int, qmin: int, qmax: int) -> Value:
+    integers = quantize(emit, x, scale, zero_point, axis, qmin, qmax)
+    return dequantize(emit, integers, scale, zero_point, axis)
+
+
+def _options(emit: Emitter, x: Value, scale: Value, zero_point: Value, axis: int) -> dict[str, Any]:
+    wide = dtype_of(zero_point) in _WIDE and emit.opset < _FIRST_OPSET_WITH_WIDE
+    return {
+        "axis": axis if rank(scale) else None,
+        "domain": "com.microsoft" if wide else "",  # ORT's own operator has 16 bits in every version of ONNX's
+        "dims": x.meta.get("dims"),
+    }
+
+
+def _clipped(emit: Emitter, x: Value, scale: Value, zero_point: Value, axis: int, qmin: int, qmax: int) -> Value:
+    step, offset = tensor_of(scale), tensor_of(zero_point)
+    if step is not None and offset is not None and step.ndim == 0:
+        ends = [(bound - int(offset)) * float(step) for bound in (qmin, qmax)]
+        return emit("Clip", x, *ends, dims=x.meta.get("dims"))
+    middle = emit.cast(zero_point, torch.float32)
+    steps = [emit("Sub", emit.number(bound, torch.float32), middle) for bound in (qmin, qmax)]
+    low, high = (_along(emit, emit("Mul", count, scale, dims=dims(scale)), x, axis) for count in steps)
+    return emit("Min", emit("Max", x, low), high, dims=x.meta.get("dims"))
+
+
+def _along(emit: Emitter, parameter: Value, x: Value, axis: int) -> Value:
+    if not rank(parameter):
+        return parameter
+    shape = [dims(parameter)[0] if place == axis % rank(x) else 1 for place in range(rank(x))]
+    return emit.reshape(parameter, shape)
