@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxopt.export.coverage import CoverageReport, coverage
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.files import OnnxFile
 from fxopt.export.registry import NotTranslated, translates
@@ -12,6 +13,7 @@ from fxopt.export.translate import translate
 from fxopt.export.validate import validate
 
 __all__ = [
+    "CoverageReport",
     "Emitter",
     "NotTranslated",
     "OnnxFile",
@@ -19,6 +21,7 @@ __all__ = [
     "Session",
     "ValidationReport",
     "Value",
+    "coverage",
     "optimized_model",
     "to_onnx",
     "translate",

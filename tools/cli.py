@@ -1,4 +1,4 @@
-"""The command line: ``fxopt optimize``, ``validate``, ``branches``, ``passes``, ``demo``.
+"""The command line: ``fxopt optimize``, ``validate``, ``coverage``, ``branches``, ``passes``, ``demo``.
 
 Exit status: 0 if all went well; 1 if the work failed; 2 if the command, the model or its inputs are wrong.
 """
@@ -19,14 +19,16 @@ import typer
 import fxopt
 from fxopt.errors import describe
 from fxopt.export import OnnxFile, Session, ValidationReport, to_onnx
+from fxopt.export import coverage as measure_coverage
 from fxopt.export import validate as compare
 from fxopt.export.files import check_target
 from fxopt.export.to_onnx import DEFAULT_OPSET, OPSETS
+from fxopt.input_files import read_inputs
 from fxopt.input_spec import parse_inputs
 from fxopt.passes import DEFAULT, profile_branches
 from fxopt.registry import known_passes
 from fxopt.tools.command_group import Commands
-from fxopt.tools.console import BadInputError, as_bad_input, describe_bytes, print_json, stages, users_code
+from fxopt.tools.console import BadInputError, Counted, as_bad_input, describe_bytes, print_json, stages, users_code
 from fxopt.tools.graph_source import captured
 from fxopt.tools.tables import print_passes, print_report
 
@@ -87,6 +89,10 @@ def optimize(
     ] = None,
     inputs: _Inputs = None,
     dynamic: _Dynamic = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Inputs to calibrate on, .npy, .npz or .pt; a file is a batch; repeatable."),
+    ] = None,
     opset: Annotated[
         int | None, typer.Option(metavar="N", help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} [{DEFAULT_OPSET}].")
     ] = None,
@@ -106,7 +112,11 @@ def optimize(
                 DEFAULT if passes is None else passes, strict=strict, check=check.value, progress=progress
             )
         progress.extend(len(manager.passes))
-        gm = manager.run(captured(model, inputs, dynamic, progress, train=train))
+        with as_bad_input("--calibration"):
+            batches = [sample for path in calibration or () for sample in read_inputs(path)]
+        gm = captured(model, inputs, dynamic, progress, train=train)
+        gm.calibration = Counted(batches, progress.count) if batches else None
+        gm = manager.run(gm)
         progress.begin("write" if no_validate or output.suffix == ".fxopt" else "write and validate")
         written = None
         if output.suffix == ".onnx":
@@ -183,10 +193,7 @@ def validate(
 ) -> None:
     """Compare an ONNX file with the model that it was made from."""
     with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
-        if not file.is_file():
-            raise BadInputError(f"{file} is a folder" if file.is_dir() else f"there is no file {file}")
-        with as_bad_input(str(file)):
-            Session(file, optimization="none")
+        _check_file(file)
         gm = captured(against, inputs, dynamic, progress, train=False)
         progress.begin("compare")
         report: ValidationReport = compare(file, gm)
@@ -194,6 +201,47 @@ def validate(
         print_json({"ok": True, "file": str(file), "against": against, "validation": report.to_dict()})
     else:
         print(f"{file} agrees with {against}: {report}")
+
+
+def _check_file(file: Path) -> None:
+    """Raise BadInputError for what ONNX Runtime cannot load."""
+    if not file.is_file():
+        raise BadInputError(f"{file} is a folder" if file.is_dir() else f"there is no file {file}")
+    with as_bad_input(str(file)):
+        Session(file, optimization="none")
+
+
+@app.command()
+def coverage(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.", show_default=False)],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Length of a dynamic axis, as batch=2 [1]; may be repeated."),
+    ] = None,
+    json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Tell what of a file runs in integer kernels, and why not all."""
+    with users_code(debug=debug), stages(1, quiet=json or debug) as progress:
+        _check_file(file)
+        sizes = _sizes(size or [])
+        progress.begin("run")
+        with as_bad_input(str(file)):
+            report = measure_coverage(file, sizes=sizes or None)
+    if json:
+        print_json({"ok": True, "file": str(file), "coverage": report.to_dict()})
+    else:
+        print(f"{file}: {report}")
+
+
+def _sizes(given: list[str]) -> dict[str, int]:
+    sizes = {}
+    for one in given:
+        name, equals, length = one.partition("=")
+        if not (name and equals and length.isdecimal()):
+            raise BadInputError(describe(f"--size {one} is not understood", wanted="NAME=N, as batch=2"))
+        sizes[name] = int(length)
+    return sizes
 
 
 @app.command()

@@ -9,7 +9,7 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.text import Text
 
 __all__ = [
     "BadInputError",
+    "Counted",
     "Stages",
     "as_bad_input",
     "describe_bytes",
@@ -111,9 +112,15 @@ def describe_bytes(count: int) -> str:
 class Stages:
     """The progress of one command: a known number of stages, of which one runs."""
 
-    def __init__(self, begin: Callable[[str], None], extend: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        begin: Callable[[str], None],
+        extend: Callable[[int], None],
+        count: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
         self.begin = begin
         self.extend = extend
+        self.count = count
 
     def __call__(self, index: int, count: int, name: str) -> None:
         """Take the progress of a list of passes: called before each with its index, their number, and its name."""
@@ -145,4 +152,25 @@ def stages(total: int, *, quiet: bool) -> Iterator[Stages]:
         def extend(more: int) -> None:
             progress.update(task, total=total + more)
 
-        yield Stages(begin, extend)
+        def count(done: int, of: int) -> None:
+            progress.update(task, description=f"{started[-1] if started else ''} ({done}/{of} inputs)")
+
+        yield Stages(begin, extend, count)
+
+
+class Counted(Sequence[Any]):
+    """Items that tell how far a pass has come with them."""
+
+    def __init__(self, items: Sequence[Any], count: Callable[[int, int], None]) -> None:
+        self._items, self._count = items, count
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._items[place]
+
+    def __iter__(self) -> Iterator[Any]:
+        for done, item in enumerate(self._items):
+            self._count(done, len(self._items))
+            yield item

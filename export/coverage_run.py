@@ -1,0 +1,242 @@
+"""One run of a model as ORT optimizes it: which kernels ran, how often, on what shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from fxopt.errors import ExportError, describe
+from fxopt.export.coverage_table import Call, Shape
+from fxopt.export.files import OnnxFile
+from fxopt.export.session import Session
+
+__all__ = ["Inputs", "KernelRuns", "Origin", "drawn_inputs", "profiled"]
+
+Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
+_MARK = "fxopt#"  # ORT makes the name of a fused node from that of one that it replaces
+_DTYPES = {
+    "float": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "uint32": torch.uint32,
+    "uint64": torch.uint64,
+    "bool": torch.bool,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a node of the optimized graph comes from; ORT keeps no metadata, but names.
+
+    Attributes:
+        name: Name in the fx graph, or of the ONNX node.
+        source: The user's line, "" if the file does not tell.
+        before: What made its first input in the model, as "Relu"; "" for an input or a constant.
+        has_float_weight: Whether it is a Conv or Gemm with a constant weight that the model does not quantize.
+    """
+
+    name: str = ""
+    source: str = ""
+    before: str = ""
+    has_float_weight: bool = False
+
+
+@dataclasses.dataclass
+class KernelRuns:
+    """One node of the optimized graph.
+
+    Attributes:
+        node: The node.
+        origin: Where it comes from.
+        calls: Its runs; several in a loop, none in a branch that was not taken.
+        numbers: Type of its first output, as "uint8".
+    """
+
+    node: ir.Node
+    origin: Origin
+    calls: list[Call] = dataclasses.field(default_factory=list)
+    numbers: str = ""
+
+
+def profiled(
+    model: OnnxFile | str | os.PathLike[str] | bytes, inputs: Inputs | None, sizes: Mapping[str, int] | None
+) -> tuple[KernelRuns, ...]:
+    """Optimize a model with ORT, run it once, and return every node, those of branches and loops included.
+
+    The optimizer stops at level "extended". "all" adds only layouts, which rename kernels and pad their shapes, and
+    the sum of a float convolution with a float addition: no kernel becomes an integer one, or ceases to be. Where int8
+    and uint8 activations are mixed, its transpositions may also repeat a QuantizeLinear and DequantizeLinear.
+
+    Raises:
+        ExportError: ORT cannot load or run the model.
+        ValueError: ``sizes`` names a size that the model does not have.
+    """
+    original = _loaded(model)
+    find = _marked(original)
+    with tempfile.TemporaryDirectory() as folder:
+        rewritten = Path(folder) / "rewritten.onnx"
+        Session(_saved(original, Path(folder) / "marked.onnx"), optimization="extended", save_optimized=rewritten)
+        optimized = ir.load(rewritten)
+        kernels = []
+        for index, node in enumerate(_nodes(optimized)):
+            kernels.append(KernelRuns(node, find(node)))
+            node.name = str(index)
+        session = _ProfiledSession(_saved(optimized, Path(folder) / "optimized.onnx"), Path(folder) / "profile")
+        if inputs is None:
+            inputs = drawn_inputs(session, sizes)
+        try:
+            session.run(inputs)
+        except ExportError as error:
+            error.add_note("try: coverage(model, inputs=...) with inputs that the model was made for")
+            raise
+        finally:
+            events = json.loads(Path(session.ort.end_profiling()).read_text())
+    constants = _constants(optimized)
+    for event in events:
+        name = event["name"].removesuffix("_kernel_time")
+        if event.get("cat") == "Node" and name != event["name"] and name.isdecimal():
+            _record(kernels[int(name)], event["args"], constants)
+    return tuple(kernels)
+
+
+class _ProfiledSession(Session):
+    """A session that writes what it ran to a file of a name that is given, and leaves the graph as it is."""
+
+    def __init__(self, path: Path, prefix: Path) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = os.fspath(prefix)
+        self.ort = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        self.input_names = tuple(str(held.name) for held in self.ort.get_inputs())
+        self.output_names = tuple(str(held.name) for held in self.ort.get_outputs())
+
+
+def drawn_inputs(session: Session, sizes: Mapping[str, int] | None = None) -> dict[str, torch.Tensor]:
+    """Return inputs of the declared shapes: normal numbers; zeros for integers, ones for flags and masks.
+
+    Args:
+        session: The loaded model.
+        sizes: Lengths of dynamic axes by name; 1 for the others.
+
+    Raises:
+        ExportError: an input is no tensor of numbers.
+        ValueError: there is no dynamic axis of such a name.
+    """
+    chosen = dict(sizes or {})
+    known = {size for held in session.ort.get_inputs() for size in held.shape if isinstance(size, str)}
+    if unknown := sorted(set(chosen) - known):
+        raise ValueError(f"sizes names {', '.join(unknown)}; the model has {', '.join(sorted(known)) or 'none'}")
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
+    for held in session.ort.get_inputs():
+        dtype = _DTYPES.get(held.type.removeprefix("tensor(").removesuffix(")"))
+        if dtype is None:
+            raise ExportError(
+                describe(f"no values can be drawn for input {held.name!r}", got=held.type, try_="inputs=...")
+            )
+        shape = [size if isinstance(size, int) else chosen.get(size, 1) for size in held.shape]
+        if dtype.is_floating_point:
+            drawn[held.name] = torch.randn(shape, generator=generator).to(dtype)
+        else:
+            is_flag = dtype is torch.bool or "mask" in held.name.lower()
+            drawn[held.name] = torch.full(shape, int(is_flag), dtype=dtype)
+    return drawn
+
+
+def _loaded(model: OnnxFile | str | os.PathLike[str] | bytes) -> ir.Model:
+    """Return a model whose nodes may be renamed."""
+    if isinstance(model, OnnxFile):
+        return model.model.clone()
+    try:
+        return ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
+    except Exception as error:  # protobuf raises a class of its own, which has no type stubs
+        raise ExportError(describe("cannot read the model", because=str(error))) from error
+
+
+def _saved(model: ir.Model, path: Path) -> Path:
+    """Write a model of any size; its weights go to a file of their own."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    return path
+
+
+def _nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Yield all nodes, those of branches and loops included."""
+    return iter(ir.traversal.RecursiveGraphIterator(model.graph))
+
+
+def _marked(model: ir.Model) -> Callable[[ir.Node], Origin]:
+    """Name the nodes so that ORT's names tell where they come from, and return what finds that."""
+    origins: list[Origin] = []
+    values: dict[str, Origin] = {}
+    for index, node in enumerate(_nodes(model)):
+        first = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        origin = Origin(
+            node.metadata_props.get("fxopt.node") or node.name or "",
+            node.metadata_props.get("fxopt.source", ""),
+            "" if first is None else first.op_type,
+            node.op_type in ("Conv", "Gemm") and node.inputs[1] is not None and node.inputs[1].is_initializer(),
+        )
+        origins.append(origin)
+        values.update((value.name, origin) for value in node.outputs if value.name)
+        node.name = f"{_MARK}{index}#"
+
+    def find(optimized: ir.Node) -> Origin:
+        _, _, rest = (optimized.name or "").partition(_MARK)
+        if (number := rest.partition("#")[0]).isdecimal():
+            return origins[int(number)]
+        return next((values[value.name] for value in optimized.outputs if value.name in values), Origin())
+
+    return find
+
+
+def _constants(model: ir.Model) -> dict[str, Shape]:
+    """Return the shape of every constant, those of branches and loops included."""
+    graphs = {model.graph} | {node.graph for node in _nodes(model) if isinstance(node.graph, ir.Graph)}
+    return {
+        name: tuple(value.const_value.shape.numpy())
+        for graph in graphs
+        for name, value in graph.initializers.items()
+        if value.const_value is not None
+    }
+
+
+def _record(kernel: KernelRuns, event: Mapping[str, Any], constants: Mapping[str, Shape]) -> None:
+    got = [shape for entry in event["input_type_shape"] for shape in entry.values()]
+    left = [tuple(shape) for shape in got]
+    inputs: list[Shape | None] = []
+    for value in kernel.node.inputs:
+        known = None if value is None else constants.get(value.name or "")
+        if value is None:
+            inputs.append(None)
+        elif known is not None:  # not told of a weight that the kernel has packed for itself
+            inputs.append(known)
+            if left and left[0] == known:
+                left.pop(0)
+        else:
+            inputs.append(left.pop(0) if left else None)
+    outputs = [(numbers, tuple(shape)) for entry in event["output_type_shape"] for numbers, shape in entry.items()]
+    used = iter(outputs)
+    shapes = tuple(next(used, (None, None))[1] if value.name else None for value in kernel.node.outputs)
+    attributes = {name: attribute.value for name, attribute in kernel.node.attributes.items()}
+    kernel.calls.append(Call(attributes, tuple(inputs), shapes))
+    kernel.numbers = outputs[0][0] if outputs else ""
