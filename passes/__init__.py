@@ -3,6 +3,7 @@
 from fxopt.pass_base import Pass
 from fxopt.passes import branches as _branches
 from fxopt.passes import cleanup as _cleanup
+from fxopt.passes import quantize as _quantize
 from fxopt.passes.branches import (
     BranchCount,
     BranchesToSelect,
@@ -21,8 +22,22 @@ from fxopt.passes.cleanup import (
     RemoveIdentities,
     SimplifyAlgebra,
 )
+from fxopt.passes.quantize import (
+    AdaRound,
+    CorrectBias,
+    EqualizeChannels,
+    Gptq,
+    InsertQdq,
+    LowerForIntegers,
+    Quantize,
+    QuantPlan,
+    QuantSpec,
+    SinkConstants,
+    SmoothQuant,
+    SplitOutliers,
+)
 
-PASSES: tuple[type[Pass], ...] = (*_branches.PASSES, *_cleanup.PASSES)
+PASSES: tuple[type[Pass], ...] = (*_branches.PASSES, *_cleanup.PASSES, *_quantize.PASSES)
 
 # What ``optimize(model)`` runs: identities first, so that batch norms stand next to their layers; dead code last.
 DEFAULT: tuple[Pass, ...] = (
@@ -37,18 +52,30 @@ DEFAULT: tuple[Pass, ...] = (
 __all__ = [
     "DEFAULT",
     "PASSES",
+    "AdaRound",
     "BranchCount",
     "BranchProfile",
     "BranchesToSelect",
+    "CorrectBias",
     "Dispatch",
+    "EqualizeChannels",
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",
+    "Gptq",
+    "InsertQdq",
+    "LowerForIntegers",
     "MergeCommonSubexpressions",
+    "QuantPlan",
+    "QuantSpec",
+    "Quantize",
     "RemoveDeadCode",
     "RemoveIdentities",
     "SimplifyAlgebra",
     "SimplifyBranches",
+    "SinkConstants",
+    "SmoothQuant",
     "SpecializeBranches",
+    "SplitOutliers",
     "profile_branches",
 ]

@@ -1,0 +1,134 @@
+"""Add to each bias what quantization takes from the mean of its channel.
+
+    before:  y = conv2d(x, w, b)         of which the integer graph computes another mean, channel by channel
+    after:   y = conv2d(x, w, b + d)     d = E[y of the float graph] - E[y of the integer graph]
+
+Rounding a weight of few elements, such as that of a depthwise convolution, shifts the mean of what it computes; layers
+behind it see that shift as signal. The layers are taken in their order, each with all corrections before it in place.
+
+Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, ICCV 2019, section 4.2 and
+appendix D (empirical bias correction).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.args import arg
+from fxopt.calibration_data import calibration_samples
+from fxopt.contracts import Contract
+from fxopt.dimensions import Sample
+from fxopt.pass_base import Pass
+from fxopt.passes.quantize.calibration_source import calibration_of
+from fxopt.passes.quantize.placement import Site
+from fxopt.passes.quantize.simulate import Simulation, Watch, along_channels, channel_axis, float_outputs
+from fxopt.passes.quantize.spec import QuantPlan
+from fxopt.passes.quantize.target import TARGETS
+from fxopt.rewriter import Rewriter
+
+__all__ = ["CorrectBias", "corrected_run", "shift_biases", "watch_means"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorrectBias(Pass):
+    """Correct the biases of the layers that a plan quantizes; runs before the plan is applied.
+
+    Attributes:
+        plan: The plan, with scales.
+        target: Name of the runtime that the plan was made for.
+        batches: How many calibration batches to average over, all of which are held in memory at once.
+        min_sqnr_db: Signal to noise that every output keeps beside the uncorrected graph, in dB.
+    """
+
+    name: ClassVar[str] = "correct-bias"
+    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
+    evaluation_only: ClassVar[bool] = True
+    divisible: ClassVar[bool] = False
+    plan: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}), repr=False)
+    target: str = "ort-cpu"
+    batches: int = 8
+    min_sqnr_db: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.batches < 1:
+            raise ValueError(f"batches is {self.batches}; wanted 1 or more")
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
+        """The promise about the outputs."""
+        return Contract.lossy("sqnr_db", self.min_sqnr_db)
+
+    def run(self, rw: Rewriter) -> None:
+        """Run on the outer graph: the sides of a branch see other inputs each, and are left as they are."""
+        samples = list(itertools.islice(calibration_samples(rw.gm, calibration_of(rw.gm)), self.batches))
+        simulation = Simulation(rw.gm, self.plan, TARGETS[self.target])
+        means: dict[str, torch.Tensor] = {}
+        float_outputs(rw.gm, samples, watch_means(simulation, means))
+        shifts, _ = corrected_run(simulation, samples, means)
+        shift_biases(rw, simulation, shifts)
+
+
+def watch_means(simulation: Simulation, means: dict[str, torch.Tensor]) -> Watch:
+    """Return what notes the mean of each channel of each layer in a run, f64[channels] by node name."""
+
+    def watch(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        if (site := _layer(simulation, node)) is not None:
+            means[node.name] = _channel_mean(site, values)
+        return values
+
+    return watch
+
+
+def corrected_run(
+    simulation: Simulation, samples: Sequence[Sample], means: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[list[torch.Tensor]]]:
+    """Run a simulation, correcting each layer as it is reached; return the shifts by layer and the outputs."""
+    shifts: dict[str, torch.Tensor] = {}
+
+    def correct(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        site = _layer(simulation, node)
+        if site is None or node.name not in means:
+            return values
+        shift = (means[node.name] - _channel_mean(site, values)).float()
+        shifts[node.name] = shift
+        return [value + along_channels(site, shift, value) for value in values]
+
+    return shifts, simulation.run(samples, correct)
+
+
+def shift_biases(rw: Rewriter, simulation: Simulation, shifts: Mapping[str, torch.Tensor]) -> None:
+    """Add the shifts to the biases of the layers."""
+    for site in simulation.layout.sites.values():
+        if site.node.name in shifts:
+            _shift_bias(rw, site, shifts[site.node.name])
+
+
+def _layer(simulation: Simulation, node: torch.fx.Node) -> Site | None:
+    site = simulation.layout.sites.get(node)
+    return site if site is not None and site.kernel.heavy and site.weight is not None else None
+
+
+def _channel_mean(site: Site, values: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of each channel over everything else and all batches, f64[channels]."""
+    flat = [value.movedim(channel_axis(site), 0).flatten(1) for value in values]
+    total = torch.stack([one.sum(1, dtype=torch.float64) for one in flat]).sum(0)
+    return total / max(sum(one.shape[1] for one in flat), 1)
+
+
+def _shift_bias(rw: Rewriter, site: Site, shift: torch.Tensor) -> None:
+    if not bool(shift.isfinite().all()) or not bool(shift.any()) or site.kernel.bias is None:
+        return
+    held: Any = arg(site.node, site.kernel.bias)
+    why = f"the mean of its channels moved by up to {float(shift.abs().max()):.3g}"
+    if held is None:
+        rw.set_arg(site.node, site.kernel.bias, rw.constant(f"{site.node.name}_bias", shift, near=site.node), why=why)
+    elif rw.readers(str(held.target), held.graph) > 1 or len(held.users) > 1:
+        rw.skip(site.node, f"its bias {held.target} is read by others too")
+    else:
+        rw.set_tensor(held, rw.tensor(held).detach() + shift, why=why)

@@ -1,0 +1,247 @@
+"""Even out the channels between two layers, so that one scale serves all of them.
+
+    before:  y = conv2d(relu(conv2d(x, w1, b1)), w2, b2)
+    after:   y = conv2d(relu(conv2d(x, w1 / s, b1 / s)), w2 * s, b2)        s: one number a channel between the layers
+
+The same function, since a relu lets a positive factor through. A channel whose numbers are small where the weights that
+read it are large loses most of its bits to its neighbours' scale; ``s`` moves the size from one side to the other:
+
+    by weights      s = sqrt(r1 / r2): both layers' channels get the same range. Nagel et al., Data-Free Quantization,
+                    ICCV 2019, equation 11.
+    by activations  s = a^alpha / r2^(1 - alpha), with the range ``a`` of the channel itself on calibration inputs: for
+                    weights with a scale for each channel, where r1 costs nothing. Xiao et al., SmoothQuant, ICML 2023,
+                    equation 4.
+
+``s`` is rounded to a power of two, by which floats are multiplied without error: the graph stays bit for bit the same.
+An upper limit such as that of relu6 lets no factor through; layers with one between them are left alone, unless
+``limits="inert"`` and no calibration input comes near the limit, before or after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+
+from fxopt.args import arg, shape
+from fxopt.contracts import Contract
+from fxopt.graph_module import graph_modules
+from fxopt.pass_base import Pass
+from fxopt.passes.quantize.calibrate import calibrate
+from fxopt.passes.quantize.calibration_source import calibration_of
+from fxopt.passes.quantize.placement import Site, integer_sites
+from fxopt.passes.quantize.sketch import ValueSketch
+from fxopt.passes.quantize.target import GENERIC
+from fxopt.rewriter import Rewriter
+
+__all__ = ["EqualizeChannels", "Junction", "junctions", "power_of_two"]
+
+aten = torch.ops.aten
+
+# Operators that let a positive factor of each channel through.
+_HOMOGENEOUS = {
+    aten.relu.default, aten.leaky_relu.default, aten.prelu.default, aten.max_pool2d.default, aten.max_pool1d.default,
+    aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.clone.default, aten.contiguous.default,
+}  # fmt: skip
+_LARGEST_EXPONENT = 24
+_SWEEPS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Junction:
+    """A layer and the layers that alone read its result, channel by channel.
+
+    Attributes:
+        first: The layer in front.
+        value: What the others read: its result, or what a relu or pool made of it.
+        readers: The layers behind.
+    """
+
+    first: Site
+    value: torch.fx.Node
+    readers: tuple[Site, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualizeChannels(Pass):
+    """Rescale channels between layers.
+
+    Attributes:
+        alpha: How much of the difference of activations is moved into the weights, for ``by="activations"``.
+        by: ``"weights"`` needs no data; ``"activations"`` measures on the calibration inputs.
+    """
+
+    name: ClassVar[str] = "equalize-channels"
+    contract: ClassVar[Contract] = Contract.EXACT
+    by: Literal["weights", "activations"] = "weights"
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; wanted 0 to 1")
+
+    def run(self, rw: Rewriter) -> None:
+        """Run on one graph and the graphs inside it, each on its own."""
+        for module in graph_modules(rw.gm):
+            found = list(junctions(rw, module))
+            weights: dict[torch.fx.Node, torch.Tensor] = {}
+            for junction in found:
+                for node in _constants(junction):
+                    weights[node] = rw.tensor(node).detach()
+            before = dict(weights)
+            ranges = self._activation_ranges(rw, found)
+            for _ in range(_SWEEPS):
+                if not sum(  # not any(): each is to be tried
+                    self._equalize(junction, weights, ranges) for junction in found
+                ):
+                    break
+            for node, tensor in weights.items():
+                if tensor is not before[node]:
+                    rw.set_tensor(node, tensor, why="channels evened out by powers of two")
+
+    def _activation_ranges(self, rw: Rewriter, found: list[Junction]) -> dict[torch.fx.Node, torch.Tensor]:
+        if self.by == "weights" or not found:
+            return {}
+        names = {rw.site_name(j.value): j for j in found}
+        axes = {name: 1 if j.first.kernel.weight == "weight" and _is_conv(j.first) else -1 for name, j in names.items()}
+        sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=axes)
+        return {names[name].value: _magnitudes(sketch) for name, sketch in sketches.items() if sketch.count}
+
+    def _equalize(
+        self,
+        junction: Junction,
+        weights: dict[torch.fx.Node, torch.Tensor],
+        ranges: dict[torch.fx.Node, torch.Tensor],
+    ) -> bool:
+        """Rescale the channels of one junction; return whether any factor was not 1."""
+        behind = torch.stack([_input_ranges(site, weights[_weight(site)]) for site in junction.readers]).amax(0)
+        if self.by == "weights":
+            wanted = (_output_ranges(junction.first, weights[_weight(junction.first)]) / behind).sqrt()
+        elif junction.value in ranges:
+            wanted = ranges[junction.value].pow(self.alpha) / behind.pow(1 - self.alpha)
+            wanted = wanted / _middle(wanted)
+        else:
+            return False
+        factor = power_of_two(wanted)
+        if bool((factor == 1).all()):
+            return False
+        if junction.value in ranges:
+            ranges[junction.value] = ranges[junction.value] / factor
+        _divide_outputs(junction.first, weights, factor)
+        for site in junction.readers:
+            weights[_weight(site)] = _times_inputs(site, weights[_weight(site)], factor)
+        return True
+
+
+def _magnitudes(sketch: ValueSketch) -> torch.Tensor:
+    assert sketch.channel_low is not None  # it was asked for channels
+    assert sketch.channel_high is not None
+    return torch.from_numpy(np.maximum(-sketch.channel_low, sketch.channel_high))
+
+
+def power_of_two(wanted: torch.Tensor) -> torch.Tensor:
+    """Return the power of two nearest to each number on a logarithmic scale; 1 where it is 0, infinite or NaN."""
+    usable = wanted.isfinite() & (wanted > 0)
+    exponent = torch.where(usable, wanted, 1.0).double().log2().round()
+    return torch.exp2(exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)).float()
+
+
+def junctions(rw: Rewriter, module: torch.fx.GraphModule) -> Iterator[Junction]:
+    """Yield the layers whose channels other layers, and nothing else, read one by one."""
+    sites = {s.node: s for s in integer_sites(module.graph, GENERIC, {}) if s.kernel.heavy and s.weight is not None}
+    for site in sites.values():
+        value = _through_homogeneous(site.node)
+        readers = [sites.get(user) for user in value.users]
+        if not readers or any(reader is None or not _reads_channels(reader, value, site) for reader in readers):
+            continue
+        junction = Junction(site, value, tuple(reader for reader in readers if reader is not None))
+        shared = [
+            node for node in _constants(junction) if rw.readers(str(node.target), node.graph) > 1 or len(node.users) > 1
+        ]
+        if shared:
+            rw.skip(site.node, f"{shared[0].target} is read by others too")
+        else:
+            yield junction
+
+
+def _through_homogeneous(node: torch.fx.Node) -> torch.fx.Node:
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target not in _HOMOGENEOUS or user.args[0] is not node:
+            break
+        node = user
+    return node
+
+
+def _reads_channels(reader: Site, value: torch.fx.Node, first: Site) -> bool:
+    """Return whether the input channels of ``reader`` are the output channels of ``first``, in their order."""
+    if reader.operands[0] is not value or value in reader.operands[1:] or _is_conv(reader) != _is_conv(first):
+        return False
+    axis = 1 if _is_conv(first) else -1
+    return shape(value)[axis] == shape(first.node)[axis] and len(shape(value)) == len(shape(first.node))
+
+
+def _is_conv(site: Site) -> bool:
+    return "conv" in str(site.node.target)
+
+
+def _weight(site: Site) -> torch.fx.Node:
+    assert site.weight is not None  # junctions() left others out
+    return site.weight
+
+
+def _bias(site: Site) -> torch.fx.Node | None:
+    held = arg(site.node, site.kernel.bias) if site.kernel.bias is not None else None
+    return held if isinstance(held, torch.fx.Node) else None
+
+
+def _constants(junction: Junction) -> list[torch.fx.Node]:
+    bias = _bias(junction.first)
+    return [_weight(s) for s in (junction.first, *junction.readers)] + ([bias] if bias is not None else [])
+
+
+def _by_output(site: Site, weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight as f32[out channels, the rest]."""
+    return weight.movedim(site.kernel.weight_axis, 0).flatten(1)
+
+
+def _output_ranges(site: Site, weight: torch.Tensor) -> torch.Tensor:
+    return _by_output(site, weight).abs().amax(1)
+
+
+def _by_input(site: Site, weight: torch.Tensor) -> torch.Tensor:
+    """Return a view of the weight as f32[groups, out channels of a group, in channels of a group, the rest]."""
+    if site.kernel.weight_axis == 1:
+        return weight.t()[None, :, :, None]
+    groups = int(arg(site.node, "groups")) if _is_conv(site) else 1
+    return weight.unflatten(0, (groups, -1)).flatten(3) if weight.ndim > 2 else weight[None, :, :, None]
+
+
+def _input_ranges(site: Site, weight: torch.Tensor) -> torch.Tensor:
+    return _by_input(site, weight).abs().amax((1, 3)).flatten()
+
+
+def _times_inputs(site: Site, weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    grouped = _by_input(site, weight)
+    scaled = grouped * factor.reshape(grouped.shape[0], 1, grouped.shape[2], 1)
+    if site.kernel.weight_axis == 1:
+        return scaled[0, :, :, 0].t().contiguous()
+    return scaled.reshape(weight.shape)
+
+
+def _divide_outputs(site: Site, weights: dict[torch.fx.Node, torch.Tensor], factor: torch.Tensor) -> None:
+    weight, bias = weights[_weight(site)], _bias(site)
+    shaped = [1] * weight.ndim
+    shaped[site.kernel.weight_axis] = -1
+    weights[_weight(site)] = weight / factor.reshape(shaped)
+    if bias is not None:
+        weights[bias] = weights[bias] / factor
+
+
+def _middle(numbers: torch.Tensor) -> torch.Tensor:
+    usable = numbers[numbers.isfinite() & (numbers > 0)]
+    return usable.log().mean().exp() if usable.numel() else torch.ones(())

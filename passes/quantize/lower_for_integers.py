@@ -1,0 +1,73 @@
+"""Write with other operators what the target then computes in integers.
+
+    before:  y = silu(x)                              after:  y = mul(x, sigmoid(x))
+    before:  y = mean(x, [2, 3])                      after:  y = flatten(adaptive_avg_pool2d(x, [1, 1]), 1)
+    before:  y = mean(x, [2, 3], keepdim=True)        after:  y = adaptive_avg_pool2d(x, [1, 1])
+    before:  y = mean(mean(x, [3]), [2])              after:  as for [2, 3]
+
+The same functions of real numbers, rounded in another order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from fxopt.args import arg, shape, tensor_arg
+from fxopt.contracts import Contract
+from fxopt.pass_base import Pass
+from fxopt.passes.quantize.placement import is_float
+from fxopt.rewriter import Rewriter
+
+__all__ = ["LowerForIntegers"]
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class LowerForIntegers(Pass):
+    """Replace operators without integer kernels by such as have one."""
+
+    name: ClassVar[str] = "lower-for-integers"
+    contract: ClassVar[Contract] = Contract.ROUNDING
+
+    def run(self, rw: Rewriter) -> None:
+        """Run on one graph and the graphs inside it."""
+        for node in rw.calls(aten.silu.default, aten.mean.dim):
+            if not is_float(node):
+                rw.skip(node, f"{rw.dtype(node)} is not float32")
+            elif node.target is aten.silu.default:
+                x = tensor_arg(node, "self")
+                gate = rw.insert_call(aten.sigmoid.default, (x,), before=node, why="silu(x) = x sigmoid(x)")
+                rw.replace_call(node, aten.mul.Tensor, (x, gate), why="silu(x) = x sigmoid(x)")
+            else:
+                _mean_as_pool(rw, node)
+
+
+def _mean_as_pool(rw: Rewriter, node: torch.fx.Node) -> None:
+    x, axes = tensor_arg(node, "self"), _axes(node)
+    kept = arg(node, "keepdim")
+    inner = x if x.target is aten.mean.dim and len(x.users) == 1 and _axes(x) is not None else None
+    if inner is not None and not kept and len(axes or ()) == 1 and arg(inner, "keepdim") is False:
+        x = tensor_arg(inner, "self")
+        left = [axis for axis in range(len(shape(x))) if axis not in (_axes(inner) or ())]
+        axes = {left[axis] for axis in axes or ()} | (_axes(inner) or set())
+    if axes != {2, 3} or len(shape(x)) != 4:
+        return  # the mean over other axes is no pool, and nothing to report
+    why = "the mean over both image axes is a pool"
+    pool = aten.adaptive_avg_pool2d.default
+    if kept:
+        rw.replace_call(node, pool, (x, [1, 1]), why=why)
+        return
+    pooled = rw.insert_call(pool, (x, [1, 1]), before=node, why=why)
+    rw.replace_call(node, aten.flatten.using_ints, (pooled, 1), why=why)
+
+
+def _axes(mean: torch.fx.Node) -> set[int] | None:
+    """Return the axes of a mean counted from the front; None if it is over all, or in another type."""
+    axes, rank = arg(mean, "dim"), len(shape(tensor_arg(mean, "self")))
+    if axes is None or arg(mean, "dtype") is not None:
+        return None
+    return {axis % rank for axis in axes}

@@ -1,0 +1,296 @@
+"""Where to put the quantizers, so that the target computes as much as it can in integers.
+
+Demand flows backwards from the heavy kernels: a value is wanted in integers if a heavy kernel reads it, or a joining
+kernel or a move whose own result is wanted. A joining kernel joins if, besides, integers arrive at it. Both depend on
+each other, so all candidates are taken in first and those are dropped that do not hold, until none is (the greatest
+fixed point). Moves are passed backwards: the quantizer stands before them, and they move integers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fxopt.args import arg, module_path, shape
+from fxopt.errors import PassError, describe
+from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
+from fxopt.passes.quantize.target import Kernel, Target
+
+__all__ = ["Site", "integer_sites", "kernel_of", "operands_of", "path_of", "place", "result_of"]
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A call that the target can compute in integers.
+
+    Attributes:
+        node: The call.
+        kernel: The kernel.
+        operands: What it reads, constants included.
+        weight: The one of them that is a constant with scales by channel, or None.
+        result: Where its result is quantized: at the call, or at the limit behind it that saturation stands for.
+    """
+
+    node: torch.fx.Node
+    kernel: Kernel
+    operands: tuple[torch.fx.Node, ...]
+    weight: torch.fx.Node | None
+    result: torch.fx.Node
+
+
+def path_of(gm: CapturedModule) -> dict[torch.fx.Graph, str]:
+    """Return what stands before the names of each graph's nodes: nothing, or the path of an inner graph and a slash."""
+    paths = {module: path for path, module in gm.named_modules() if isinstance(module, torch.fx.GraphModule)}
+    return {module.graph: f"{path}/" if path else "" for module, path in paths.items()}
+
+
+def place(
+    gm: CapturedModule,
+    target: Target,
+    *,
+    bits: int = 8,
+    weight_bits: int | None = None,
+    skip: Sequence[str] = (),
+) -> QuantPlan:
+    """Return the plan, without scales, that lets ``target`` compute most of ``gm`` in integers.
+
+    Args:
+        gm: A graph in evaluation, batch norms folded.
+        target: What the runtime can.
+        bits: Width of activations.
+        weight_bits: Width of weights; as activations, but at most 8, if not given.
+        skip: Patterns of what stays float: names of calls, of parameters (``"features.0.*"``) or of modules.
+
+    Raises:
+        PassError: a pattern fits nothing that has an integer kernel.
+    """
+    specs: dict[str, QuantSpec] = {}
+    notes: dict[str, str] = {}
+    unused = set(skip)
+    prefixes = path_of(gm)
+    for module in graph_modules(gm):
+        prefix = prefixes[module.graph]
+        found = list(integer_sites(module.graph, target, notes, prefix))
+        left = {site.node: names for site in found if (names := _fitting(site, skip, prefix))}
+        unused -= {pattern for names in left.values() for pattern in names}
+        placed = _Placement(module, target, prefix, [site for site in found if site.node not in left])
+        specs |= placed.specs(bits, min(bits, 8) if weight_bits is None else weight_bits)
+    if unused:
+        raise PassError(
+            describe(
+                f"nothing that has an integer kernel fits {unused.pop()!r}",
+                wanted="a pattern of names of calls, parameters or modules, such as 'conv2d_3', 'features.0.*'",
+            )
+        )
+    return QuantPlan(specs, notes)
+
+
+def _fitting(site: Site, patterns: Sequence[str], prefix: str) -> list[str]:
+    """Return the patterns that fit a name of the call, its weight or its module."""
+    names = [prefix + site.node.name, module_path(site.node)]
+    names += [] if site.weight is None else [prefix + site.weight.name, str(site.weight.target)]
+    return [pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+
+
+def kernel_of(node: torch.fx.Node, target: Target) -> Kernel | None:
+    """Return the integer kernel of a call, or None if it has none."""
+    return target.kernels.get(node.target) if node.op == "call_function" and is_float(node) else None
+
+
+def is_float(node: torch.fx.Node) -> bool:
+    """Return whether a node yields one tensor of 32-bit floats."""
+    held = node.meta.get("val")
+    return isinstance(held, torch.Tensor) and held.dtype is torch.float32
+
+
+def operands_of(node: torch.fx.Node, kernel: Kernel) -> tuple[torch.fx.Node, ...] | None:
+    """Return the operands of a call that must be integers; None if one of them is no float tensor."""
+    found: list[torch.fx.Node] = []
+    for name in kernel.operands:
+        held = arg(node, name)
+        found += held if isinstance(held, list | tuple) else [held]
+    if all(isinstance(item, torch.fx.Node) and is_float(item) for item in found):
+        return tuple(found)
+    return None
+
+
+def result_of(node: torch.fx.Node, target: Target) -> torch.fx.Node:
+    """Return the last of the limits behind a call that the saturation of its quantized result can stand for."""
+    users = list(node.users)
+    if len(users) == 1 and _is_saturation(users[0], node, target):
+        return result_of(users[0], target)
+    return node
+
+
+def _is_saturation(node: torch.fx.Node, source: torch.fx.Node, target: Target) -> bool:
+    """Return whether ``node`` cuts ``source`` off at 0 and maybe at something above.
+
+    Where the smallest integer stands for 0 and the largest for no more than the upper limit, integers cannot leave the
+    limits. With a lower limit below 0 that cannot be had: the zero point is rounded, and the ends with it.
+    """
+    if node.target not in target.limits or node.args[0] is not source or target.symmetric_activations:
+        return False
+    low, high = limits_of(node, target)
+    return low == 0 and (high is None or high > 0)
+
+
+def limits_of(node: torch.fx.Node, target: Target) -> tuple[float | None, float | None]:
+    """Return the smallest and largest result of a limit such as ``clamp``; None where there is none."""
+    found: list[float | None] = []
+    for entry in target.limits[node.target]:
+        held = arg(node, entry) if isinstance(entry, str) else entry
+        found.append(float(held) if isinstance(held, int | float) else None)
+    return found[0], found[1]
+
+
+def integer_sites(graph: torch.fx.Graph, target: Target, notes: dict[str, str], prefix: str = "") -> Iterator[Site]:
+    """Yield the calls that have an integer kernel for the operands that they have; near misses go to ``notes``."""
+    for node in graph.nodes:
+        kernel = kernel_of(node, target)
+        if kernel is None:
+            continue
+        operands = operands_of(node, kernel)
+        if operands is None:
+            if kernel.heavy:
+                notes[prefix + node.name] = "an operand is not a tensor of 32-bit floats"
+            continue
+        weight = _weight(node, kernel)
+        problem = _problem(node, kernel, operands, weight)
+        if problem is None:
+            yield Site(node, kernel, operands, weight, result_of(node, target))
+        elif kernel.heavy:
+            notes[prefix + node.name] = problem
+
+
+def _weight(node: torch.fx.Node, kernel: Kernel) -> torch.fx.Node | None:
+    held = arg(node, kernel.weight) if kernel.weight is not None else None
+    return held if isinstance(held, torch.fx.Node) and held.op == "get_attr" else None
+
+
+def _problem(
+    node: torch.fx.Node, kernel: Kernel, operands: tuple[torch.fx.Node, ...], weight: torch.fx.Node | None
+) -> str | None:
+    """Return why the kernel does not fit this call, or None if it does."""
+    if any(operand.op == "get_attr" and operand is not weight for operand in operands):
+        return "an operand is a constant where the kernel takes activations"
+    if weight is None and kernel.bias is not None and kernel.heavy and kernel.weight in ("weight", "mat2"):
+        return "its weight is computed when the graph runs"
+    if node.target is aten.add.Tensor and arg(node, "alpha") != 1:
+        return "alpha is not 1"
+    if node.target is aten.addmm.default and (arg(node, "alpha") != 1 or arg(node, "beta") != 1):
+        return "alpha or beta is not 1"
+    if weight is not None and kernel.weight_axis == 1 and len(shape(weight)) != 2:
+        return "its constant operand is not a matrix"
+    if kernel.bias is not None:
+        bias = arg(node, kernel.bias)
+        if bias is not None and (bias.op != "get_attr" or len(shape(bias)) != 1):
+            return "its bias is not a constant vector"
+    return None
+
+
+class _Placement:
+    """The values of one graph that are wanted in integers."""
+
+    def __init__(self, module: torch.fx.GraphModule, target: Target, prefix: str, sites: Sequence[Site]) -> None:
+        self.target, self.prefix = target, prefix
+        self.sites = {site.node: site for site in sites}
+        self.order = list(module.graph.nodes)
+        self.moves = {node: source for node in self.order if (source := move_source(node, target)) is not None}
+        self.heavy = [site for site in self.sites.values() if site.kernel.heavy]
+        self.joining = {site.node for site in self.sites.values() if not site.kernel.heavy}
+        self.forced = {op for site in self.heavy for op in site.operands if op is not site.weight}
+        self.forced |= {site.result for site in self.heavy if site.kernel.output == "required"}
+        while self._drop():
+            pass
+        self.wanted = self._wanted()
+
+    def _drop(self) -> bool:
+        """Drop joining kernels that integers do not arrive at or whose result nobody wants; say whether there were."""
+        demanded, available = self._demanded(), self._available()
+        kept = {
+            node
+            for node in self.joining
+            if self.sites[node].result in demanded and any(op in available for op in self.sites[node].operands)
+        }
+        dropped = len(kept) < len(self.joining)
+        self.joining = kept
+        return dropped
+
+    def _demanded(self) -> set[torch.fx.Node]:
+        demanded = {op for site in self.heavy for op in site.operands if op is not site.weight}
+        results = {self.sites[node].result: node for node in self.joining}
+        for node in reversed(self.order):
+            if node in results and node in demanded:
+                demanded |= set(self.sites[results[node]].operands)
+            if node in self.moves and node in demanded:
+                demanded.add(self.moves[node])
+        return demanded
+
+    def _available(self) -> set[torch.fx.Node]:
+        available = set(self.forced)
+        results = {self.sites[node].result for node in self.joining}
+        for node in self.order:
+            if node in results or (node in self.moves and self.moves[node] in available):
+                available.add(node)
+        return available
+
+    def _wanted(self) -> set[torch.fx.Node]:
+        wanted = set(self.forced)
+        for node in self.joining:
+            wanted |= {self.sites[node].result, *self.sites[node].operands}
+        for node in reversed(self.order):
+            if node in wanted and node in self.moves:
+                wanted.add(self.moves[node])
+        return wanted
+
+    def specs(self, bits: int, weight_bits: int) -> dict[str, QuantSpec]:
+        """Return one entry for each wanted value and each weight, in the order of the graph."""
+        groups = self._groups()
+        activation = QuantSpec(
+            bits=bits, signed=self.target.signed_activations, symmetric=self.target.symmetric_activations
+        )
+        weights = {site.weight: site for site in self.heavy if site.weight is not None}
+        found: dict[str, QuantSpec] = {}
+        for node in self.order:
+            name = self.prefix + node.name
+            if node in weights:
+                axis = weights[node].kernel.weight_axis
+                found[name] = QuantSpec("weight", weight_bits, signed=True, symmetric=True, axis=axis)
+            elif node in self.wanted:
+                found[name] = dataclasses.replace(activation, group=groups.get(node, ""))
+        return found
+
+    def _groups(self) -> dict[torch.fx.Node, str]:
+        """Return the name of each group of values that share a scale: those that moves and concatenations connect."""
+        parent: dict[torch.fx.Node, torch.fx.Node] = {}
+
+        def root(node: torch.fx.Node) -> torch.fx.Node:
+            while (above := parent.get(node, node)) is not node:
+                node = above
+            return node
+
+        pairs = [(node, source) for node, source in self.moves.items() if node in self.wanted]
+        for node in self.joining:
+            if self.sites[node].kernel.same_scale:
+                pairs += [(self.sites[node].result, operand) for operand in self.sites[node].operands]
+        for a, b in pairs:
+            parent[root(a)] = root(b)
+        members = {node for pair in pairs for node in pair}
+        return {node: self.prefix + root(node).name for node in members}
+
+
+def move_source(node: torch.fx.Node, target: Target) -> torch.fx.Node | None:
+    """Return the float tensor that ``node`` only moves, or None if it does something else."""
+    if node.op != "call_function" or node.target not in target.moves or not is_float(node):
+        return None
+    held = arg(node, target.moves[node.target])
+    return held if isinstance(held, torch.fx.Node) and held.op != "get_attr" and is_float(held) else None
+
+
+__all__ += ["is_float", "limits_of", "move_source"]

@@ -1,0 +1,179 @@
+"""Quantize a graph: prepare it, place the quantizers, calibrate them, put them in.
+
+    Quantize()                         8 bits, for ONNX Runtime on a CPU
+    plan = Quantize().make_plan(gm)    the plan alone, to print and edit; Quantize(plan=plan) applies it
+
+The graph that results is for evaluation. Its weights are integers; to train it further, use ``prepare-qat``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, ClassVar, get_args
+
+from fxopt.changes import Skip
+from fxopt.contracts import Contract
+from fxopt.errors import PassError, describe
+from fxopt.graph_module import CapturedModule
+from fxopt.pass_base import Pass
+from fxopt.passes.cleanup import (
+    FoldBatchNorm,
+    FoldConstants,
+    FreezeMode,
+    MergeCommonSubexpressions,
+    RemoveDeadCode,
+    RemoveIdentities,
+    SimplifyAlgebra,
+)
+from fxopt.passes.quantize.calibrate import Progress
+from fxopt.passes.quantize.calibration_source import calibration_of
+from fxopt.passes.quantize.correct_bias import shift_biases
+from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
+from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
+from fxopt.passes.quantize.placement import place
+from fxopt.passes.quantize.ranges import RangeMethod
+from fxopt.passes.quantize.recipe import METHODS_TRIED, Candidate, Recipe, Search
+from fxopt.passes.quantize.simulate import Simulation
+from fxopt.passes.quantize.sink_constants import SinkConstants
+from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
+from fxopt.passes.quantize.target import TARGETS
+from fxopt.rewriter import Rewriter
+
+__all__ = ["PREPARATION", "Quantize", "calibration_of"]  # the last for passes that look for it here
+
+PREPARATION: tuple[Pass, ...] = (
+    FreezeMode(),
+    SinkConstants(),
+    RemoveIdentities(),
+    SimplifyAlgebra(),
+    FoldConstants(parameters=True),
+    FoldBatchNorm(),
+    LowerForIntegers(),
+    MergeCommonSubexpressions(),
+    RemoveDeadCode(),
+)
+"""What makes a graph ready: evaluation alone, batch norms in the weights, operators that have integer kernels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Pass):
+    """Compute in integers what the target can compute in integers.
+
+    Attributes:
+        bits: Width of activations: 8 or 16 in files for ORT, any of 2 to 8 and 16 in the graph.
+        weight_bits: Width of weights; that of activations, but at most 8, if None.
+        recipe: ``"fast"`` tries nothing; ``"auto"`` measures range methods, bias correction and smoothing, and keeps
+            what helps; ``"accurate"`` tries equalization and learned rounding too, which takes minutes.
+        method: How a range is chosen: ``"mse"``, ``"minmax"``, ``"percentile:99.99"``, ``"entropy"``,
+            ``"moving-average"``; ``"auto"`` is the better of the first two, or the first if the recipe tries nothing.
+        target: The runtime: ``"ort-cpu"`` or ``"onnx"``.
+        plan: What to quantize; scales that it leaves open are calibrated. Made by the pass if None.
+        skip: Patterns of what stays float: names of calls, parameters or modules, ``"features.0.*"``.
+        min_sqnr_db: Signal to quantization noise that every output must keep on the example inputs, in dB.
+        no_saturation: Choose weight scales with which the 16-bit sums of CPUs without VNNI cannot overflow.
+    """
+
+    name: ClassVar[str] = "quantize"
+    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
+    ends: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
+    evaluation_only: ClassVar[bool] = True
+    divisible: ClassVar[bool] = False
+    bits: int = 8
+    weight_bits: int | None = None
+    method: str = "auto"
+    recipe: Recipe = "auto"
+    target: str = "ort-cpu"
+    plan: QuantPlan | None = dataclasses.field(default=None, repr=False)
+    skip: tuple[str, ...] = ()
+    min_sqnr_db: float = 10.0
+    no_saturation: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: an option has a value that does not exist.
+        """
+        for name, bits in (("bits", self.bits), ("weight_bits", self.weight_bits)):
+            if bits is not None and bits not in WIDTHS:
+                raise ValueError(f"{name} is {bits!r}; wanted one of {', '.join(map(str, WIDTHS))}")
+        if self.target not in TARGETS:
+            raise ValueError(f"target is {self.target!r}; wanted one of {', '.join(TARGETS)}")
+        if self.recipe not in get_args(Recipe):
+            raise ValueError(f"recipe is {self.recipe!r}; wanted one of {', '.join(get_args(Recipe))}")
+        if self.method != "auto":
+            RangeMethod.of(self.method)
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
+        """The promise about the outputs."""
+        return Contract.lossy("sqnr_db", self.min_sqnr_db)
+
+    def run(self, rw: Rewriter) -> None:
+        """Prepare, plan and insert.
+
+        Raises:
+            PassError: the graph is quantized already or in train mode, or the plan does not fit it.
+            CalibrationError: the calibration data do not fit.
+        """
+        refuse_quantized(rw, self.name)
+        self._prepare(rw)
+        rw.gm.recompile()
+        found = self._search(rw.gm, None, rw.notes)
+        if found.gm is not rw.gm:
+            rw.adopt(found.gm, why="; ".join(note for note in rw.notes if note.endswith(", kept")))
+        rw.skips += [Skip(node, reason, None, self.name) for node, reason in found.plan.notes.items()]
+        shift_biases(rw, Simulation(rw.gm, found.plan, TARGETS[self.target]), found.shifts)
+        InsertQdq(found.plan, self.target, self.min_sqnr_db).run(rw)
+
+    def make_plan(
+        self, gm: CapturedModule, calibration: Iterable[Any] | None = None, *, progress: Progress | None = None
+    ) -> QuantPlan:
+        """Return the plan that the pass would apply, scales included.
+
+        Its names are those of the graph after ``PREPARATION``, which the pass runs first in any case.
+
+        Args:
+            gm: A captured graph in eval mode; it is left alone.
+            calibration: Inputs; those that the graph carries, or its examples, if not given.
+            progress: See :func:`resolve`.
+        """
+        rw = Rewriter(gm.clone(), self.name)
+        refuse_quantized(rw, self.name)
+        self._prepare(rw)
+        rw.finish()
+        if calibration is not None:
+            rw.gm.calibration = calibration
+        fixed = dataclasses.replace(self, recipe="fast")  # other recipes change weights, which a plan does not hold
+        return fixed._search(rw.gm, progress, []).plan
+
+    def _prepare(self, rw: Rewriter) -> None:
+        if rw.gm.training:
+            raise PassError(
+                describe(
+                    "the graph is in train mode, and integers are for evaluation",
+                    try_="graph.eval(); to train with quantizers in place, use prepare-qat",
+                )
+            )
+        name = rw.pass_name
+        for item in PREPARATION:
+            rw.pass_name = item.name
+            item.run(rw)
+        rw.pass_name = name
+
+    def _search(self, gm: CapturedModule, progress: Progress | None, notes: list[str]) -> Candidate:
+        target = TARGETS[self.target]
+        search = Search(gm, target, no_saturation=self.no_saturation, progress=progress)
+        methods = METHODS_TRIED if self.method == "auto" else (self.method,)
+        if self.recipe == "fast" or self.plan is not None:
+            return search.fast(self._plan(gm), methods[0])
+        found = search.best(self._plan, methods, self.recipe)
+        notes += search.ledger
+        return found
+
+    def _plan(self, gm: CapturedModule) -> QuantPlan:
+        if self.plan is not None:
+            return self.plan
+        target = TARGETS[self.target]
+        return place(gm, target, bits=self.bits, weight_bits=self.weight_bits, skip=self.skip)

@@ -1,0 +1,155 @@
+"""Fill in the scales of a plan: activations from what calibration saw, weights from what they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from fxopt.args import arg, source_line
+from fxopt.errors import PassError, describe
+from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.passes.quantize.calibrate import calibrate
+from fxopt.passes.quantize.placement import Site, integer_sites, path_of
+from fxopt.passes.quantize.ranges import choose_range, qparams
+from fxopt.passes.quantize.saturation import avoid_saturation
+from fxopt.passes.quantize.sketch import ValueSketch
+from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
+from fxopt.passes.quantize.target import Target
+from fxopt.passes.quantize.weights import channel_scales, constant_of, scales_for_bias
+
+__all__ = ["resolve", "resolve_activations", "resolve_weights", "used_channels"]
+
+Progress = Callable[[int, int | None], None]
+
+
+def resolve(
+    gm: CapturedModule,
+    plan: QuantPlan,
+    data: Iterable[Any],
+    target: Target,
+    *,
+    method: Any = "mse",
+    progress: Progress | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    no_saturation: bool = True,
+) -> QuantPlan:
+    """Return the plan with all scales; those that it has already stay.
+
+    Args:
+        gm: The prepared graph that the plan is for, in eval mode.
+        plan: What to quantize.
+        data: Calibration inputs; see :func:`fxopt.calibration_data.calibration_samples`.
+        target: The runtime.
+        method: How to choose a range from what was seen; see :func:`choose_range`.
+        progress: Called with the number of inputs that were run, and how many there are if that is known.
+        checkpoint: Where to keep what was seen, to go on after a crash.
+        no_saturation: Choose weight scales with which 16-bit sums of two products cannot overflow.
+
+    Raises:
+        CalibrationError: the data are empty, do not fit, or hold NaN.
+    """
+    open_nodes = [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
+    if open_nodes:
+        sketches = calibrate(gm, open_nodes, data, progress=progress, checkpoint=checkpoint)
+        plan = resolve_activations(plan, sketches, method)
+    return resolve_weights(gm, plan, target, no_saturation=no_saturation)
+
+
+def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], method: Any) -> QuantPlan:
+    """Return the plan with scales for the activations that were seen; those that were not are left out, with a note."""
+    held: dict[str, QuantSpec] = {spec.group: spec for spec in plan.values() if spec.group and spec.resolved}
+    seen: dict[str, ValueSketch] = {}
+    for name, sketch in sketches.items():
+        key = plan[name].group or name
+        if sketch.count:
+            if key not in seen:
+                seen[key] = ValueSketch.from_state(sketch.to_state()) if plan[name].group else sketch
+            else:
+                seen[key].merge(sketch)
+    specs: dict[str, QuantSpec] = {}
+    unseen: dict[str, str] = {}
+    for name, spec in plan.items():
+        key = spec.group or name
+        if spec.role == "weight" or spec.resolved:
+            specs[name] = spec
+        elif spec.group in held:
+            same = held[spec.group]
+            specs[name] = dataclasses.replace(spec, scale=same.scale, zero_point=same.zero_point)
+        elif key in seen:
+            bits, signed, symmetric = spec.bits, spec.signed, spec.symmetric
+            low, high = choose_range(seen[key], method, bits=bits, signed=signed, symmetric=symmetric)
+            scale, zero_point = qparams(low, high, bits=bits, signed=signed, symmetric=symmetric)
+            specs[name] = dataclasses.replace(spec, scale=(scale,), zero_point=(zero_point,))
+        else:
+            unseen[name] = "no calibration input reaches it"
+    return QuantPlan(specs, {**plan.notes, **unseen})
+
+
+def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, *, no_saturation: bool) -> QuantPlan:
+    """Return the plan with scales for the weights, large enough for the biases beside them.
+
+    Raises:
+        PassError: a weight holds NaN or infinity, or its spec is not symmetric.
+    """
+    prefixes = path_of(gm)
+    for module in graph_modules(gm):
+        prefix = prefixes[module.graph]
+        for site in integer_sites(module.graph, target, {}, prefix):
+            name = None if site.weight is None else prefix + site.weight.name
+            if name is not None and name in plan:
+                plan = _with_weight(plan, site, name, prefix, no_saturation)
+    return plan
+
+
+def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, no_saturation: bool) -> QuantPlan:
+    assert site.weight is not None
+    spec = plan[name]
+    if not spec.symmetric:
+        raise PassError(
+            describe(
+                f"the weight {name!r} has an affine spec",
+                got=str(spec),
+                wanted="symmetric=True: integer kernels take a weight's zero point to be 0",
+            )
+        )
+    weight = constant_of(site.weight)
+    if not spec.resolved:
+        try:
+            scale = channel_scales(weight, spec)
+        except ValueError as error:
+            raise PassError(describe(f"{name}: {error}", source=source_line(site.node))) from error
+        spec = dataclasses.replace(spec, scale=scale, zero_point=(0,) * len(scale))
+        if no_saturation and spec.bits == 8 and spec.axis is not None:
+            groups = int(arg(site.node, "groups")) if "conv" in str(site.node.target) else 1
+            spec = dataclasses.replace(spec, scale=avoid_saturation(weight, spec.scale, spec.axis, groups=groups))
+    source = next((op for op in site.operands if op is not site.weight), None)
+    held = arg(site.node, site.kernel.bias) if site.kernel.bias is not None else None
+    inputs = None if source is None else plan.get(prefix + source.name)
+    if held is not None and inputs is not None and inputs.resolved and spec.axis is not None:
+        spec = dataclasses.replace(spec, scale=scales_for_bias(spec.scale, constant_of(held), inputs.scale[0]))
+    return plan.with_specs({name: spec})
+
+
+def used_channels(gm: CapturedModule, plan: QuantPlan, target: Target) -> dict[str, torch.Tensor]:
+    """Return for values which of their channels any weight multiplies by something else than 0, bool[channels].
+
+    Values are left out where all channels count, or where something else than linear layers reads their integers. The
+    channels that do not count may saturate.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for site in integer_sites(gm.graph, target, {}):
+        value = site.operands[0]
+        spec = plan.get(value.name)
+        if spec is None or spec.resolved or spec.group or site.node.target is not torch.ops.aten.linear.default:
+            continue
+        readers = {other.node: other for other in integer_sites(gm.graph, target, {}) if value in other.operands}
+        weights = [other.weight for other in readers.values()]
+        if all(reader.target is torch.ops.aten.linear.default for reader in readers) and None not in weights:
+            used = torch.stack([constant_of(weight).any(0) for weight in weights if weight is not None]).any(0)
+            if not bool(used.all()) and bool(used.any()):
+                found[value.name] = used
+    return found

@@ -1,0 +1,269 @@
+"""Scales with which the 16-bit sums of CPUs without VNNI cannot overflow, raised in the channels that need it only.
+
+An x86 CPU without VNNI multiplies unsigned activations with signed weights by ``vpmaddubsw``: two neighbouring products
+are added in 16 bits, and a sum outside [-32768, 32767] becomes the end of that range. One product always fits. Two of
+opposite sign do, too. So a channel is safe if the positive weights of each pair sum to at most ``32767 // largest``,
+and the negative ones to at least ``-(32768 // largest)``, for the largest activation that occurs. For 255 both are 128,
+which is what makes 7 bits safe. Most channels of 8-bit weights have some pair beyond that, but few are twice as far: a
+scale raised by a third on average is enough (``python -m tests.bench saturation_table``).
+
+Which integers are neighbours, and in which kernels, for ONNX Runtime 1.32. Found on an AMD Zen 3 (AVX2, no VNNI) with
+one output channel for each two of the K weights, those two 127 (and -128) and the others 0, and activations of 255;
+``tests/passes/quantize/test_saturation_in_ort.py`` holds each row against the installed version:
+
+- QLinearMatMul, QGemm (either ``transB``), MatMulInteger, MatMulIntegerToFloat, DynamicQuantizeMatMul: weights
+  ``(0, 1), (2, 3), ...`` along the input features; the last of an odd number is alone. The same for one row as for
+  many, for weights that are constant or not, per tensor or per channel, with any zero points (subtracted later).
+- QLinearConv of 1, 2 or 3 axes, pointwise, strided, grouped, in either layout: the same along (position of the kernel,
+  input channel of the group), channels fastest. With an odd number of channels a pair spans two positions.
+- QLinearConv where each group has one input and one output channel: exact, on AVX-512 as well. It adds no pairs.
+- Exact in all of these: signed activations, unsigned weights. Exact in itself: ConvInteger.
+
+A CPU with AVX-512 and no VNNI was not at hand. The source of its kernels (MLAS, ``QgemvU8S8KernelAvx512Common.inc``,
+``ConvSymKernelAvx512Core.asm``, and the packing shared with AVX2) adds the same pairs. ORT's session option
+``session.x64quantprecision=1`` makes it exact on such CPUs in another way, by unsigned weights and a slower kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fxopt.quantized_ops import QUANTIZE
+
+__all__ = ["SaturationProof", "avoid_saturation", "can_overflow", "kernel_order", "pair_sums", "proof"]
+
+_SHARE = 64  # two magnitudes of at most this cannot overflow, whatever the activations
+
+
+@dataclasses.dataclass(frozen=True)
+class SaturationProof:
+    """What is known of the 16-bit sums of one weight.
+
+    Attributes:
+        channels: Number of output channels.
+        overflowing: How many can overflow with the scales that were given.
+        remaining: How many still can with the raised scales: 0, or the scales were raised for other weights.
+        largest: Largest magnitude of an integer in the channels that were cut; 0 if none was.
+        increase: The largest factor by which a scale was raised; 1 if none was.
+    """
+
+    channels: int
+    overflowing: int
+    remaining: int
+    largest: int
+    increase: float
+
+    def __str__(self) -> str:
+        if not self.overflowing:
+            return f"none of {self.channels} channels can overflow"
+        found = f"{self.overflowing} of {self.channels} channels can overflow"
+        if self.remaining:
+            return f"{found}; {self.remaining} still can with the new scales"
+        return f"{found}; cut to at most {self.largest} (scale × {self.increase:.2f})"
+
+
+def kernel_order(weight: torch.Tensor, axis: int = 0) -> torch.Tensor:
+    """Return the weights of each output channel in the order in which kernels add them, [channels, K].
+
+    Args:
+        weight: [out, in] of a linear, or [out, in / groups, kernel sizes...] of a convolution, with ``axis`` 0;
+            [in, out] of a matrix product, with ``axis`` 1.
+        axis: Axis of the output channels.
+
+    Raises:
+        ValueError: the weight is of no such form.
+    """
+    if weight.ndim < 2 or not -weight.ndim <= axis < weight.ndim:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has no output channels along axis {axis}")
+    axis %= weight.ndim
+    if axis == 0:
+        return weight.movedim(1, -1).flatten(1)
+    if axis == 1 and weight.ndim == 2:
+        return weight.t()
+    raise ValueError(f"output channels along axis {axis} of {weight.ndim}; wanted 0, or 1 of 2")
+
+
+def pair_sums(weight: torch.Tensor, axis: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the smallest and the largest sum that neighbouring weights of one sign have, i32[channels] each.
+
+    Times the largest activation, they bound every 16-bit sum: activations are not negative, so that the sum of two
+    products is largest where those of positive weights are, and those of negative weights are 0.
+
+    Args:
+        weight: i8, as :func:`kernel_order` takes it.
+        axis: Axis of the output channels.
+    """
+    first, second = _pairs(weight.to(torch.int32), axis)
+    lowest = first.clamp(max=0) + second.clamp(max=0)
+    highest = first.clamp(min=0) + second.clamp(min=0)
+    if not first.shape[1]:
+        return lowest.new_zeros(len(first)), highest.new_zeros(len(first))
+    return lowest.amin(1), highest.amax(1)
+
+
+def can_overflow(weight: torch.Tensor, axis: int = 0, *, groups: int = 1, largest: int = 255) -> torch.Tensor:
+    """Return which output channels have activations for which a 16-bit sum overflows, bool[channels].
+
+    Not a bound but exact: the activations that do it are ``largest`` at one pair, and 0 elsewhere.
+
+    Args:
+        weight: i8, the integers that the kernel gets, as :func:`kernel_order` takes them.
+        axis: Axis of the output channels.
+        groups: Of the convolution; a depthwise kernel adds no pairs.
+        largest: The largest integer that the activations take, 1 to 255. A narrower calibrated range does not make it
+            smaller: the largest integer is what saturates.
+
+    Raises:
+        ValueError: ``largest`` is out of range, or the weight of no such form.
+    """
+    if not 1 <= largest <= 255:
+        raise ValueError(f"the largest activation is {largest}; wanted 1 to 255")
+    lowest, highest = pair_sums(weight, axis)
+    if _is_depthwise(weight, axis, groups):
+        return torch.zeros_like(highest, dtype=torch.bool)
+    return (largest * highest > 32767) | (largest * lowest < -32768)
+
+
+def avoid_saturation(
+    weight: torch.Tensor,
+    scale: Sequence[float],
+    axis: int,
+    *,
+    groups: int = 1,
+    largest: int = 255,
+    limits: tuple[int, int] = (-127, 127),
+) -> tuple[float, ...]:
+    """Return the scales, raised to the smallest float32 numbers with which no 16-bit sum overflows.
+
+    The scale of a channel that cannot overflow stays as it is, bit for bit. Larger scales than those returned are safe,
+    too, since magnitudes only fall.
+
+    Args:
+        weight: f32, as :func:`kernel_order` takes it.
+        scale: Exact float32 numbers > 0: one a channel, or one for all.
+        axis: Axis of the output channels.
+        groups: Of the convolution.
+        largest: The largest integer that the activations take, 1 to 255.
+        limits: The smallest and largest integer of the weights.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity, an argument is out of range, or the number of scales is wrong.
+    """
+    held = torch.tensor(tuple(scale), dtype=torch.float32)
+    integers = _quantized(weight, held, axis, limits)
+    guilty = can_overflow(integers, axis, groups=groups, largest=largest)
+    if not bool(guilty.any()):
+        return tuple(scale)
+    # A pair that fits fits with every larger scale: only those that do not have a say. Two of opposite sign always fit.
+    first, second = _pairs(integers.to(torch.int32), axis)
+    sums = first + second
+    wrong = (largest * sums > 32767) | (largest * sums < -32768)
+    magnitudes = torch.stack([side[wrong].detach().float().abs() for side in _pairs(weight, axis)])
+    most = 32767 // largest  # the same below zero: 32768 has no divisor with which that pair could overflow
+    end = torch.where(sums[wrong] > 0, float(limits[1]), float(-limits[0]))
+    each = held.expand(len(guilty))
+    needed = torch.zeros(wrong.shape)
+    needed[wrong] = _smallest_scales(magnitudes, each.unsqueeze(1).expand(wrong.shape)[wrong], most, end)
+    raised = torch.maximum(each, needed.amax(1))
+    raised = raised.amax().expand(1) if len(held) == 1 else raised
+    assert not bool(can_overflow(_quantized(weight, raised, axis, limits), axis, groups=groups, largest=largest).any())
+    return tuple(raised.tolist())
+
+
+def proof(
+    weight: torch.Tensor,
+    scale: Sequence[float],
+    axis: int,
+    *,
+    raised: Sequence[float] | None = None,
+    groups: int = 1,
+    largest: int = 255,
+    limits: tuple[int, int] = (-127, 127),
+) -> SaturationProof:
+    """Return what is known of a weight; as text "7 of 64 channels can overflow; cut to at most 84 (scale × 1.51)".
+
+    Args:
+        weight: f32, as :func:`kernel_order` takes it.
+        scale: Those that were meant at first: one a channel, or one for all.
+        axis: Axis of the output channels.
+        raised: Those that are used; what :func:`avoid_saturation` returns if not given.
+        groups: Of the convolution.
+        largest: The largest integer that the activations take, 1 to 255.
+        limits: The smallest and largest integer of the weights.
+
+    Raises:
+        ValueError: as :func:`avoid_saturation`.
+    """
+    if raised is None:
+        raised = avoid_saturation(weight, scale, axis, groups=groups, largest=largest, limits=limits)
+    before, after = (torch.tensor(tuple(numbers), dtype=torch.float32) for numbers in (scale, raised))
+    integers = _quantized(weight, after, axis, limits)
+    guilty = can_overflow(_quantized(weight, before, axis, limits), axis, groups=groups, largest=largest)
+    remaining = can_overflow(integers, axis, groups=groups, largest=largest)
+    cut = kernel_order(integers, axis)[guilty].to(torch.int32).abs()
+    factors = (after.double() / before.double()).expand(len(guilty))[guilty]
+    return SaturationProof(
+        channels=len(guilty),
+        overflowing=int(guilty.sum()),
+        remaining=int(remaining.sum()),
+        largest=int(cut.max()) if cut.numel() else 0,
+        increase=float(factors.max()) if factors.numel() else 1.0,
+    )
+
+
+def _pairs(weight: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first and the second of each two weights that are added, [channels, K / 2]; a missing one is 0."""
+    ordered = kernel_order(weight, axis)
+    if ordered.shape[1] % 2:
+        ordered = torch.cat([ordered, ordered.new_zeros(len(ordered), 1)], 1)
+    return ordered[:, 0::2], ordered[:, 1::2]
+
+
+def _is_depthwise(weight: torch.Tensor, axis: int, groups: int) -> bool:
+    """Return whether each group has one input and one output channel; ``groups`` 1 of a linear is no such case."""
+    return weight.ndim > 2 and axis % weight.ndim == 0 and weight.shape[1] == 1 and weight.shape[0] == groups
+
+
+def _quantized(weight: torch.Tensor, scale: torch.Tensor, axis: int, limits: tuple[int, int]) -> torch.Tensor:
+    channels = kernel_order(weight, axis).shape[0]
+    if len(scale) not in (1, channels):
+        raise ValueError(f"{len(scale)} scales for {channels} channels; wanted one, or one a channel")
+    if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
+        raise ValueError("a scale is not a finite number above 0")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("the weight holds NaN or infinity")
+    if not -128 <= limits[0] < 0 < limits[1] <= 127:
+        raise ValueError(f"the integers of the weight are {limits[0]} to {limits[1]}; wanted a part of -128 to 127")
+    scale = scale[0] if len(scale) == 1 else scale
+    zero_point = torch.zeros(scale.shape, dtype=torch.int8)
+    integers: torch.Tensor = QUANTIZE(weight.detach().float(), scale, zero_point, axis % weight.ndim, *limits)
+    return integers
+
+
+def _smallest_scales(pairs: torch.Tensor, low: torch.Tensor, most: int, end: torch.Tensor) -> torch.Tensor:
+    """Return the smallest float32 scales with which two magnitudes sum to at most ``most``, f32[n].
+
+    Their integers never rise with the scale, rounding included, and floats above 0 are ordered as their bits are: so
+    halving the interval of bits finds the exact border, in at most 31 steps.
+
+    Args:
+        pairs: f32[2, n], magnitudes of weights.
+        low: f32[n], scales that are too small.
+        most: At least 128.
+        end: f32[n], magnitude at which an integer saturates.
+    """
+
+    def fits(scale: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(torch.round(pairs / scale), end).sum(0) <= most
+
+    high = torch.nextafter(pairs.amax(0) / _SHARE, torch.tensor(math.inf))
+    below, above = low.view(torch.int32).long(), high.view(torch.int32).long()
+    while bool((above - below > 1).any()):
+        middle = (below + above) // 2
+        safe = fits(middle.int().view(torch.float32))
+        above, below = torch.where(safe, middle, above), torch.where(safe, below, middle)
+    return above.int().view(torch.float32)

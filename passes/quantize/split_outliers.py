@@ -1,0 +1,157 @@
+"""Compute a few channels that dwarf all others in floats, beside the integer product of the rest.
+
+    before:  y = linear(x, w, b)
+    after:   y = linear(x, w0, b) + x[..., 7:8] * w[:, 7]       w0: w, 0 in channel 7
+
+In transformers one or two channels of an activation are often ten times as large as the others, at a few tokens, and
+there they decide what the layers behind compute. One scale for all of the activation gives the others no bits, and
+neither the weights nor the values of the large ones can be rounded. The channels that are left out have no weight in
+the integer product any more, and calibration does not count them, so that they may saturate.
+
+The same function of real numbers. A channel is taken out if that makes the range of the activation less than half.
+
+Source: Dettmers, Lewis, Belkada, Zettlemoyer: LLM.int8(), NeurIPS 2022, section 3 (mixed-precision decomposition).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from fxopt.args import arg, shape
+from fxopt.contracts import Contract
+from fxopt.pass_base import Pass
+from fxopt.passes.quantize.calibrate import calibrate
+from fxopt.passes.quantize.calibration_source import calibration_of
+from fxopt.passes.quantize.placement import Site, integer_sites
+from fxopt.passes.quantize.target import GENERIC
+from fxopt.rewriter import Rewriter
+
+__all__ = ["SplitOutliers", "outlier_channels"]
+
+aten = torch.ops.aten
+
+_POINTWISE = {
+    aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
+    aten.hardswish.default, aten.elu.default, aten.leaky_relu.default,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitOutliers(Pass):
+    """Take the channels that dwarf all others out of the integer products of linear layers.
+
+    Attributes:
+        most: How many channels of an activation may be taken out.
+        ratio: By how much the range of the activation must shrink.
+    """
+
+    name: ClassVar[str] = "split-outliers"
+    contract: ClassVar[Contract] = Contract.ROUNDING
+    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
+    evaluation_only: ClassVar[bool] = True
+    most: int = 2
+    ratio: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.most < 1:
+            raise ValueError(f"most is {self.most}; wanted 1 or more")
+        if not self.ratio > 1:
+            raise ValueError(f"ratio is {self.ratio}; wanted above 1")
+
+    def run(self, rw: Rewriter) -> None:
+        """Run on the outer graph.
+
+        Raises:
+            CalibrationError: the calibration data do not fit.
+        """
+        sites = [site for site in integer_sites(rw.gm.graph, GENERIC, {}) if _can_split(rw, site)]
+        names = sorted({site.operands[0].name for site in sites})
+        if not names:
+            return
+        sketches = calibrate(rw.gm, names, calibration_of(rw.gm), channels=dict.fromkeys(names, -1))
+        for site in sites:
+            sketch = sketches[site.operands[0].name]
+            assert sketch.channel_low is not None  # it was asked for channels
+            assert sketch.channel_high is not None
+            largest = torch.from_numpy(np.maximum(-sketch.channel_low, sketch.channel_high))
+            assert site.weight is not None  # _can_split() asked for one
+            used = rw.tensor(site.weight).detach().any(0)
+            chosen = outlier_channels(torch.where(used, largest, 0.0), self.most, self.ratio)
+            if chosen:
+                _split(rw, site, chosen, f"channels {chosen} reach {float(largest.max()):.3g}, and the others do not")
+
+
+def outlier_channels(largest: torch.Tensor, most: int, ratio: float) -> list[int]:
+    """Return the fewest channels, at most ``most``, without which the range is the smallest that they can make it.
+
+    None if it does not become smaller by ``ratio``. A channel counts only if it makes the range a tenth smaller.
+
+    Args:
+        largest: The largest magnitude of each channel, f32[channels].
+        most: How many channels may be returned.
+        ratio: Above 1.
+    """
+    order = largest.argsort(descending=True)[: most + 1]
+    if len(order) < 2:
+        return []
+    ranges = largest[order].double()
+    count = 0
+    for tried in range(1, len(order)):
+        if float(ranges[tried]) < 0.9 * float(ranges[count]):
+            count = tried
+    if count == 0 or float(ranges[0]) < ratio * float(ranges[count]):
+        return []
+    return sorted(order[:count].tolist())
+
+
+def _can_split(rw: Rewriter, site: Site) -> bool:
+    if site.node.target is not aten.linear.default or site.weight is None:
+        return False
+    rows = shape(site.operands[0])[-1]
+    shared = len(site.weight.users) > 1 or rw.readers(str(site.weight.target), site.weight.graph) > 1
+    return isinstance(rows, int) and rows >= 64 and not shared  # a small product has little to lose or to gain
+
+
+def _split(rw: Rewriter, site: Site, channels: list[int], why: str) -> None:
+    node, x, weight = site.node, site.operands[0], site.weight
+    assert weight is not None  # _can_split() asked for one
+    held = rw.tensor(weight).detach()
+    rest = held.clone()
+    rest[:, channels] = 0
+    products = []
+    for channel in channels:
+        column = rw.constant(f"{weight.target}_channel_{channel}", held[:, channel].contiguous(), near=node)
+        taken = _channel(rw, site, channel, why)
+        products.append(rw.insert_call(aten.mul.Tensor, (taken, column), before=node, why=why))
+    rw.set_tensor(weight, rest, why=why)
+    total = rw.insert_call(aten.linear.default, (x, weight, arg(node, "bias")), before=node, why=why, sources=[node])
+    for product in products[:-1]:
+        total = rw.insert_call(aten.add.Tensor, (total, product), before=node, why=why)
+    rw.replace_call(node, aten.add.Tensor, (total, products[-1]), why=why)
+
+
+def _channel(rw: Rewriter, site: Site, channel: int, why: str) -> torch.fx.Node:
+    """Return one channel of the activation as f32[..., 1], computed in floats from where floats are.
+
+    A hidden unit between two linear layers is computed anew from the input of the first: what its integer product
+    yields carries that product's noise, which the second layer would multiply like the channel itself.
+    """
+    node, x = site.node, site.operands[0]
+    hidden = x.args[0] if x.target in _POINTWISE else None
+    if not isinstance(hidden, torch.fx.Node) or hidden.target is not aten.linear.default or len(hidden.users) > 1:
+        return rw.insert_call(aten.slice.Tensor, (x, -1, channel, channel + 1), before=node, why=why, sources=[x])
+    z, weight, bias = (arg(hidden, name) for name in ("input", "weight", "bias"))
+    if any(held is not None and held.op != "get_attr" for held in (weight, bias)):
+        return rw.insert_call(aten.slice.Tensor, (x, -1, channel, channel + 1), before=node, why=why, sources=[x])
+    row = rw.constant(f"{weight.target}_row_{channel}", rw.tensor(weight).detach()[channel].clone(), near=node)
+    unit = rw.insert_call(aten.mul.Tensor, (z, row), before=node, why=why, sources=[hidden])
+    unit = rw.insert_call(aten.sum.dim_IntList, (unit, [-1], True), before=node, why=why, sources=[hidden])
+    if bias is not None:
+        shift = rw.constant(f"{bias.target}_{channel}", rw.tensor(bias).detach()[channel].clone(), near=node)
+        unit = rw.insert_call(aten.add.Tensor, (unit, shift), before=node, why=why, sources=[hidden])
+    return rw.insert_call(x.target, (unit, *x.args[1:]), x.kwargs, before=node, why=why, sources=[x])

@@ -1,0 +1,129 @@
+"""What a runtime computes in integers: a table of facts, by which the quantizers are placed.
+
+A kernel is *heavy* if it is worth quantizing its operands for: it asks for integers. The others join only where
+integers arrive anyway and are wanted behind. Operators that only move numbers (``moves``) keep the scale of these.
+
+Facts of ORT: read from what ONNX Runtime 1.32 makes on a CPU of ``DequantizeLinear -> op -> QuantizeLinear``;
+``tests/passes/quantize/test_target.py`` holds each row against the installed version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["GENERIC", "ORT_CPU", "TARGETS", "Kernel", "Target"]
+
+aten = torch.ops.aten
+
+Output = Literal["required", "optional"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How an operator is computed in integers.
+
+    Attributes:
+        operands: Names of the arguments that must be integers; one that is a list of tensors counts as all of them.
+        weight: The one of ``operands`` that may be a constant with a scale for each output channel.
+        weight_axis: The axis of the output channels of that constant.
+        bias: Name of the argument that becomes 32-bit integers.
+        output: Whether the result must be requantized for the kernel to be an integer one, or may stay a float.
+        heavy: Whether it asks for integers.
+        same_scale: Whether operands and result share one scale.
+    """
+
+    operands: tuple[str, ...]
+    weight: str | None = None
+    weight_axis: int = 0
+    bias: str | None = None
+    output: Output = "required"
+    heavy: bool = False
+    same_scale: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a runtime computes in integers, and in which.
+
+    Attributes:
+        name: What the user calls it.
+        kernels: Operator: its integer kernel.
+        moves: Operator that only moves numbers: the argument that they come from.
+        limits: Activations that the saturation of the integers can stand for: operator to the arguments or numbers that
+            are its smallest and largest result.
+        signed_activations: Whether activations are signed.
+        symmetric_activations: Whether their zero point is 0.
+        unused: Why operators that look as if they could be computed in integers are not.
+    """
+
+    name: str
+    kernels: Mapping[Any, Kernel]
+    moves: Mapping[Any, str]
+    limits: Mapping[Any, tuple[str | float | None, str | float | None]]
+    signed_activations: bool = False
+    symmetric_activations: bool = False
+    unused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
+
+
+_CONV = Kernel(("input", "weight"), weight="weight", bias="bias", heavy=True)
+_HEAVY: dict[Any, Kernel] = {
+    **dict.fromkeys(
+        (
+            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+        ),
+        _CONV,
+    ),
+    aten.linear.default: Kernel(("input", "weight"), "weight", 0, "bias", "optional", heavy=True),
+    aten.addmm.default: Kernel(("mat1", "mat2"), "mat2", 1, "self", "optional", heavy=True),
+    aten.mm.default: Kernel(("self", "mat2"), "mat2", 1, output="optional", heavy=True),
+    aten.matmul.default: Kernel(("self", "other"), "other", 1, output="optional", heavy=True),
+    aten.bmm.default: Kernel(("self", "mat2"), output="optional", heavy=True),
+}  # fmt: skip
+_JOINING: dict[Any, Kernel] = {
+    aten.add.Tensor: Kernel(("self", "other")),
+    aten.mul.Tensor: Kernel(("self", "other")),
+    aten.sigmoid.default: Kernel(("self",)),
+    aten.leaky_relu.default: Kernel(("self",)),
+    aten.avg_pool2d.default: Kernel(("self",)),
+    aten.adaptive_avg_pool2d.default: Kernel(("self",)),
+    aten.cat.default: Kernel(("tensors",), same_scale=True),
+}
+_MOVES: dict[Any, str] = {
+    aten.view.default: "self",
+    aten.reshape.default: "self",
+    aten.flatten.using_ints: "self",
+    aten.unflatten.int: "self",
+    aten.squeeze.dim: "self",
+    aten.squeeze.dims: "self",
+    aten.squeeze.default: "self",
+    aten.unsqueeze.default: "self",
+    aten.transpose.int: "self",
+    aten.permute.default: "self",
+    aten.t.default: "self",
+    aten.contiguous.default: "self",
+    aten.clone.default: "self",
+    aten.select.int: "self",
+    aten.slice.Tensor: "self",
+    aten.index_select.default: "self",
+    aten.max_pool2d.default: "self",
+}
+_LIMITS: dict[Any, tuple[str | float | None, str | float | None]] = {
+    aten.relu.default: (0.0, None),
+    aten.relu6.default: (0.0, 6.0),
+    aten.hardtanh.default: ("min_val", "max_val"),
+    aten.clamp.default: ("min", "max"),
+    aten.clamp_min.default: ("min", None),
+}
+
+ORT_CPU = Target("ort-cpu", _HEAVY | _JOINING, _MOVES, _LIMITS)
+"""ONNX Runtime's CPU provider: unsigned activations with a zero point, signed weights by channel."""
+
+GENERIC = Target("onnx", _HEAVY | _JOINING, _MOVES, _LIMITS, signed_activations=True, symmetric_activations=False)
+"""Any runtime of ONNX: signed activations."""
+
+TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, GENERIC)}

@@ -1,0 +1,77 @@
+"""Channels that dwarf all others: which are taken out, that the function stays, and what it brings."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.numerics import measure
+from fxopt.passes import Quantize, SplitOutliers
+from fxopt.passes.quantize.quantize import PREPARATION
+from fxopt.passes.quantize.split_outliers import outlier_channels
+from fxopt.testing import check_pass
+
+
+class Massive(nn.Module):
+    """Two layers with a hidden unit that is 50 times as large as the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 128), nn.Linear(128, 64)
+        with torch.no_grad():
+            self.up.bias[7] = 60.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+X = torch.randn(3, 16, 64)
+
+
+def prepared(net):
+    return fxopt.optimize(net.eval(), PREPARATION, (X,), strict=True)
+
+
+@pytest.mark.parametrize(("largest", "want"), [
+    ([1, 1, 50, 1], [2]), ([40, 1, 50, 1], [0, 2]), ([1, 1, 1.9, 1], []), ([50, 49, 48, 1], []), ([5, 5, 5, 5], []),
+    ([0, 0, 3, 0], [2]), ([7], []), ([100, 95, 1, 1], [0, 1]),
+])  # fmt: skip
+def test_the_fewest_channels_that_halve_the_range(largest, want):
+    assert outlier_channels(torch.tensor(largest, dtype=torch.float32), 2, 2.0) == want
+
+
+def test_the_function_stays_and_the_range_shrinks():
+    gm = prepared(Massive())
+    result = check_pass(SplitOutliers(), gm)
+    result.gm.recompile()
+    assert bool((result.gm.get_parameter("down.weight")[:, 7] == 0).all())
+    plans = [Quantize(recipe="fast").make_plan(graph) for graph in (gm, result.gm)]
+    before, after = (plan["gelu"].range[1] for plan in plans)
+    assert after < before / 10  # the channel that no weight multiplies does not count
+
+
+def test_the_hidden_unit_is_computed_from_the_floats_in_front():
+    gm = SplitOutliers()(prepared(Massive())).gm
+    gm.recompile()
+    small = fxopt.optimize(gm, [Quantize(recipe="fast")], strict=True)
+    plain = fxopt.optimize(prepared(Massive()), [Quantize(recipe="fast")], strict=True)
+    assert measure(gm(X), small(X)).sqnr_db > 30
+    assert len([node for node in small.graph.nodes if node.target is torch.ops.aten.gelu.default]) == 2
+    assert len([node for node in plain.graph.nodes if node.target is torch.ops.aten.gelu.default]) == 1
+
+
+def test_even_channels_are_left_alone():
+    gm = prepared(nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)))
+    assert not SplitOutliers()(gm).modified
+
+
+def test_the_recipe_takes_it_where_it_helps():
+    small = fxopt.optimize(prepared(Massive()), ["quantize"], calibration=[(X,), (X.flip(0),)], strict=True)
+    assert any(note.startswith("split-outliers: ") and note.endswith("kept") for note in small.report.steps[0].notes)
+
+
+@pytest.mark.parametrize(("options", "why"), [({"most": 0}, "most is 0"), ({"ratio": 1.0}, "ratio is 1.0")])
+def test_options_that_make_no_sense_are_refused(options, why):
+    with pytest.raises(ValueError, match=why):
+        SplitOutliers(**options)
