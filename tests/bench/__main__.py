@@ -13,7 +13,9 @@ BENCHMARKS = {
     "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
+    "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
+    "quantization": "int8 beside the peers: score, error, latency, integer kernels, time and memory",
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
 }
 
@@ -24,15 +26,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(BENCHMARKS)}; all if not given")
     parser.add_argument("--quick", action="store_true", help="leave out the sizes that take minutes")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
+    only = parser.add_argument_group("of quantization only")
+    only.add_argument("--models", type=_names, default=(), metavar="a,b", help="these models; else those of real data")
+    only.add_argument("--tools", type=_names, default=(), metavar="x,y", help="these tools; all if not given")
+    only.add_argument("--random", action="store_true", help="architectures with random weights: latency and coverage")
     chosen = parser.parse_args(arguments)
     unknown = [name for name in chosen.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there is {', '.join(BENCHMARKS)}")
+    extra = {"quantization": {"models": chosen.models, "tools": chosen.tools, "random": chosen.random}}
+    if any(extra["quantization"].values()) and chosen.names != ["quantization"]:
+        parser.error("--models, --tools and --random go with the one name quantization")
     console = Console()
     for name in chosen.names or BENCHMARKS:
         console.print(f"{name}: {BENCHMARKS[name]}", highlight=False)
         if not chosen.list:
-            importlib.import_module(f"tests.bench.{name}").main(console, quick=chosen.quick)
+            importlib.import_module(f"tests.bench.{name}").main(console, quick=chosen.quick, **extra.get(name, {}))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 if __name__ == "__main__":
