@@ -127,6 +127,7 @@ class _Translator:
             name=type(self.gm).__name__,
         )
         finish.finish(graph)
+        graph.opset_imports.update(_other_domains(graph))
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="fxopt")
 
     # -- graphs --------------------------------------------------------------------------------------------------
@@ -317,6 +318,11 @@ class _Translator:
                 try_=advice,
             )
         )
+
+
+def _other_domains(graph: ir.Graph) -> dict[str, int]:
+    """Return the domains beside ONNX's own that nodes of the graph, and of the graphs inside it, are of; each at 1."""
+    return {node.domain: 1 for node in ir.traversal.RecursiveGraphIterator(graph) if node.domain}
 
 
 def bound_arguments(node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> list[Any]:
