@@ -321,7 +321,8 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
     memo[id(module)] = new
     new.__dict__.update(
         {
-            key: copy.copy(item) if isinstance(item, dict | list | set) else item
+            # Copying a loader may read it, and what it loads is the user's.
+            key: copy.copy(item) if isinstance(item, dict | list | set) and key != "calibration" else item
             for key, item in module.__dict__.items()
             if key not in ("_graph", "_modules")
         }

@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar, get_args
 
+import torch
+
 from fxopt.changes import Skip
 from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
@@ -72,6 +74,10 @@ class Quantize(Pass):
         skip: Patterns of what stays float: names of calls, parameters or modules, ``"features.0.*"``.
         min_sqnr_db: Signal to quantization noise that every output must keep on the example inputs, in dB.
         no_saturation: Choose weight scales with which the 16-bit sums of CPUs without VNNI cannot overflow.
+        checkpoint: A file that calibration keeps what it saw in, to go on there after a crash; removed in the end.
+
+    Where processes of ``torch.distributed`` run, each calls the pass with its share of the calibration inputs, and all
+    get the scales of all shares, bit for bit. Trials would be of one share each, so that the recipe is ``"fast"`` then.
     """
 
     name: ClassVar[str] = "quantize"
@@ -88,6 +94,7 @@ class Quantize(Pass):
     skip: tuple[str, ...] = ()
     min_sqnr_db: float = 10.0
     no_saturation: bool = True
+    checkpoint: str | None = None
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -164,9 +171,11 @@ class Quantize(Pass):
 
     def _search(self, gm: CapturedModule, progress: Progress | None, notes: list[str]) -> Candidate:
         target = TARGETS[self.target]
-        search = Search(gm, target, no_saturation=self.no_saturation, progress=progress)
+        search = Search(gm, target, no_saturation=self.no_saturation, progress=progress, checkpoint=self.checkpoint)
         methods = METHODS_TRIED if self.method == "auto" else (self.method,)
-        if self.recipe == "fast" or self.plan is not None:
+        if self.recipe != "fast" and self.plan is None and _several_processes():
+            notes.append("several processes calibrate, each on its share: nothing was tried")
+        if self.recipe == "fast" or self.plan is not None or _several_processes():
             return search.fast(self._plan(gm), methods[0])
         found = search.best(self._plan, methods, self.recipe)
         notes += search.ledger
@@ -177,3 +186,8 @@ class Quantize(Pass):
             return self.plan
         target = TARGETS[self.target]
         return place(gm, target, bits=self.bits, weight_bits=self.weight_bits, skip=self.skip)
+
+
+def _several_processes() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

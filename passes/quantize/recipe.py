@@ -28,12 +28,13 @@ from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq
 from fxopt.passes.quantize.resolve import resolve_activations, resolve_weights, used_channels
 from fxopt.passes.quantize.simulate import Simulation, float_outputs, signal_to_noise
+from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import SplitOutliers
 from fxopt.passes.quantize.target import Target
 
-__all__ = ["METHODS_TRIED", "Candidate", "Recipe", "Search"]
+__all__ = ["METHODS_TRIED", "Candidate", "Recipe", "Search", "merged_rows"]
 
 Recipe = Literal["fast", "auto", "accurate"]
 METHODS_TRIED = ("mse", "minmax")
@@ -67,9 +68,19 @@ class Search:
         ledger: What was tried, with what came of it.
     """
 
-    def __init__(self, gm: CapturedModule, target: Target, *, no_saturation: bool, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        gm: CapturedModule,
+        target: Target,
+        *,
+        no_saturation: bool,
+        progress: Progress | None = None,
+        checkpoint: str | None = None,
+    ) -> None:
         self.gm, self.target, self.no_saturation, self.progress = gm, target, no_saturation, progress
+        self.checkpoint = checkpoint
         self.ledger: list[str] = []
+        self._calibrations = 0
 
     def fast(self, plan: QuantPlan, method: str) -> Candidate:
         """Return the one way that needs no trial."""
@@ -165,8 +176,7 @@ class Search:
 
     def _resolved(self, gm: CapturedModule, plan: QuantPlan, methods: Sequence[str]) -> list[QuantPlan]:
         names = [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
-        only = used_channels(gm, plan, self.target)
-        sketches = calibrate(gm, names, calibration_of(gm), only=only, progress=self.progress) if names else {}
+        sketches = self._calibrated(gm, names, used_channels(gm, plan, self.target)) if names else {}
         return [
             resolve_weights(
                 gm, resolve_activations(plan, sketches, method), self.target, no_saturation=self.no_saturation
@@ -174,11 +184,19 @@ class Search:
             for method in methods
         ]
 
+    def _calibrated(
+        self, gm: CapturedModule, names: Sequence[str], only: Mapping[str, torch.Tensor]
+    ) -> dict[str, ValueSketch]:
+        self._calibrations += 1  # each transformed graph has a file of its own
+        place = None if self.checkpoint is None else f"{self.checkpoint}.{self._calibrations}"
+        return calibrate(gm, names, calibration_of(gm), only=only, progress=self.progress, checkpoint=place)
+
     def _samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return samples to learn from and samples to measure on; the same ones if there is only one."""
         held = list(_first_rows(calibration_samples(self.gm, calibration_of(self.gm)), 2 * _TRIED_ROWS))
         middle = (len(held) + 1) // 2
-        return held[:middle], held[middle:] or held
+        learn, measure = held[:middle], held[middle:] or held
+        return merged_rows(self.gm, learn), merged_rows(self.gm, measure)
 
 
 def _first_rows(samples: Iterator[Sample], rows: int) -> Iterator[Sample]:
@@ -189,3 +207,21 @@ def _first_rows(samples: Iterator[Sample], rows: int) -> Iterator[Sample]:
         rows -= next((int(tensor.shape[0]) for tensor in tensors), 1)
         if rows <= 0:
             return
+
+
+def merged_rows(gm: CapturedModule, samples: list[Sample]) -> list[Sample]:
+    """Return the samples as one, its rows all of theirs, where the graph takes any number of rows; else themselves."""
+    counts = {spec.shape[0] if spec.shape else None for spec in gm.inputs if spec.is_tensor}
+    rows = next(iter(counts)) if len(counts) == 1 else None
+    if not isinstance(rows, str) or rows not in gm.dims:
+        return samples
+    leaves = [gm.flatten_inputs(*sample.args, **dict(sample.kwargs)) for sample in samples]
+    tensors = [place for place, spec in enumerate(gm.inputs) if spec.is_tensor]
+    alike = len({tuple(one[place].shape[1:] for place in tensors) for one in leaves}) == 1
+    total = sum(int(one[tensors[0]].shape[0]) for one in leaves)
+    if not alike or not gm.dims[rows].allows(total):
+        return samples
+    together = list(leaves[0])
+    for place in tensors:
+        together[place] = torch.cat([one[place] for one in leaves])
+    return [samples[0].with_leaves(together)]

@@ -10,6 +10,7 @@ from fxopt.export import coverage, to_onnx, validate
 from fxopt.numerics import measure
 from fxopt.passes import CorrectBias, EqualizeChannels, InsertQdq, Quantize, QuantPlan
 from fxopt.passes.quantize.quantize import PREPARATION
+from fxopt.passes.quantize.recipe import merged_rows
 from fxopt.passes.quantize.simulate import Simulation, float_outputs, signal_to_noise
 from fxopt.passes.quantize.target import ORT_CPU
 from tests.passes.quantize.nets import Encoder, Gate, Residual, awake
@@ -239,3 +240,15 @@ def test_a_quantized_graph_is_saved_and_loaded(tmp_path):
     loaded = fxopt.load(tmp_path / "small.fxopt")
     assert torch.equal(loaded(IMAGES), small(IMAGES))
     assert (tmp_path / "small.fxopt").stat().st_size < 200_000
+
+
+def test_single_rows_are_tried_together_where_the_graph_allows_it():
+    gm = residual()
+    rows = [fxopt.Sample((image[None],)) for image in IMAGES]
+    (merged,) = merged_rows(gm, rows)
+    assert torch.equal(merged.args[0], IMAGES)
+    fixed = fxopt.capture(awake(Residual()), (IMAGES[:1],))
+    assert merged_rows(fixed, rows) is rows
+    others = [fxopt.Sample((IMAGES[:1],)), fxopt.Sample((IMAGES[:1, :, :4],))]
+    free = fxopt.capture(awake(Residual()), (IMAGES,), dynamic_shapes={"image": {0: "batch", 2: "height"}})
+    assert merged_rows(free, others) is others
