@@ -14,7 +14,7 @@ from fxopt.passes import DEFAULT, PASSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "README.md").read_text()
-NET_CODE, EXAMPLE_CODE, BRANCH_NET_CODE, BRANCH_CODE = re.findall(
+NET_CODE, EXAMPLE_CODE, BRANCH_NET_CODE, BRANCH_CODE, INTEGER_CODE = re.findall(
     r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 )
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -67,6 +67,18 @@ def test_branch_example_runs_and_guards(folder, capsys):
             torch.testing.assert_close(both, graph(x), rtol=1e-4, atol=1e-5)
         if holds:
             torch.testing.assert_close(scores, both, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.ort
+def test_integer_example_runs_in_integers(folder, capsys):
+    from fxopt.export import coverage
+
+    names = {"__name__": "example"}
+    exec(compile(INTEGER_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "with correct-bias" in said
+    assert "conv_weight" in said
+    assert coverage(folder / "int8.onnx").integer_share == 1.0
 
 
 @pytest.mark.ort

@@ -27,6 +27,7 @@ from fxopt.export.translations import (  # noqa: F401  (imported for the registr
     scatter,
     shape,
     special,
+    weight_only,
 )
 
 __all__ = ["WITHOUT_VALUE"]

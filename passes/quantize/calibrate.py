@@ -54,7 +54,7 @@ def calibrate(
             for a node of a graph inside.
         data: As :func:`fxopt.calibration_data.calibration_samples` takes it; batches of any size.
         channels: For some of the nodes the axis along which to keep extremes by channel, too.
-        only: For some of the nodes which places along the last axis count, bool[channels]; the others may hold anything.
+        only: For some of the nodes which places along the last axis count, bool[channels]; others may hold anything.
         progress: Is called with the number of items done, and of all items or None, after each item.
         checkpoint: A file that holds the state of an unfinished run. If it is there, the run goes on behind the last
             item in it, which takes the same data in the same order; it is removed in the end. Process r of several

@@ -153,8 +153,8 @@ def capped_factors(largest: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield factors that bring the channels above a limit down to it, f64[in], for ever lower limits.
 
     Args:
-        largest: Largest magnitude of each channel of the activations, f64[in]. The limits are the 2nd, 3rd, 5th, 9th, ...
-            of them in size.
+        largest: Largest magnitude of each channel of the activations, f64[in]. The limits are the 2nd, 3rd, 5th, 9th
+            of them in size, and so on.
     """
     order = largest.sort(descending=True).values
     place = 1

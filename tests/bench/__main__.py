@@ -13,6 +13,7 @@ BENCHMARKS = {
     "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
+    "qat_digits": "few bits on real digits: quantized after training, and trained with quantizers",
     "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
     "quantization": "int8 beside the peers: score, error, latency, integer kernels, time and memory",

@@ -9,7 +9,7 @@ import fxopt
 from fxopt import PassError, graph_text
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.quantize import PREPARATION, Quantize
-from fxopt.passes.quantize.smooth_quant import ALPHAS, SmoothQuant, product_error, capped_factors, smoothing_factors
+from fxopt.passes.quantize.smooth_quant import ALPHAS, SmoothQuant, capped_factors, product_error, smoothing_factors
 from fxopt.testing import check_pass
 from tests.passes.quantize.test_gptq import plan_of, prepared, signal
 

@@ -1,0 +1,102 @@
+"""Weights of few bits: com.microsoft's block kernels, and tables that ORT looks weights up in when it loads a file.
+
+MatMulNBits and GatherBlockQuantized expand their blocks while they run. A table has no such kernel: the file holds the
+packed codes and the table, and ORT with its optimizer on computes the float weight once, when it loads the file; with
+its optimizer off, on each run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+
+from fxopt.export.emitter import Emitter, Value, dims, rank
+from fxopt.export.registry import Refused, translates
+from fxopt.export.translations.index import as_index
+from fxopt.weight_only_ops import GATHER_NBITS, LOOKUP_NBITS, MATMUL_NBITS
+
+_MICROSOFT = "com.microsoft"
+
+
+@translates(MATMUL_NBITS)
+def matmul_nbits(
+    emit: Emitter,
+    x: Value,
+    packed: Value,
+    scales: Value,
+    zero_points: Value | None,
+    bits: int,
+    block_size: int,
+    features_in: int,
+    bias: Value | None,
+    accuracy_level: int,
+) -> Value:
+    outputs = dims(packed)[0]
+    return emit(
+        "MatMulNBits", x, packed, scales, zero_points, None, bias,
+        domain=_MICROSOFT, dims=(*dims(x)[:-1], outputs),
+        K=features_in, N=outputs, bits=bits, block_size=block_size, accuracy_level=accuracy_level or None,
+    )  # fmt: skip
+
+
+@translates(GATHER_NBITS)
+def gather_nbits(
+    emit: Emitter,
+    packed: Value,
+    scales: Value,
+    zero_points: Value | None,
+    index: Value,
+    bits: int,
+    block_size: int,
+    features_in: int,
+) -> Value:
+    """The rows come with the padding of their last block, which is cut off."""
+    rows, blocks, width = dims(packed)
+    assert isinstance(blocks, int)
+    assert isinstance(width, int)
+    flat = emit.reshape(packed, (rows, blocks * width))
+    padded = blocks * block_size
+    found = emit(
+        "GatherBlockQuantized", flat, as_index(emit, index), scales, zero_points,
+        domain=_MICROSOFT, dims=(*dims(index), padded),
+        gather_axis=0, quantize_axis=1, bits=bits, block_size=block_size,
+    )  # fmt: skip
+    found.type = ir.TensorType(ir.DataType.FLOAT)  # that of the scales, not of the first operand
+    if padded == features_in:
+        return found
+    return emit("Slice", found, [0], [features_in], [-1], dims=(*dims(index), features_in))
+
+
+@translates(LOOKUP_NBITS)
+def lookup_nbits(emit: Emitter, packed: Value, table: Value, bits: int, shape: Sequence[int]) -> Value:
+    channels, elements = shape[0], math.prod(shape[1:])
+    codes = emit.cast(_unpacked(emit, packed, bits, elements), torch.int32)
+    if rank(table) == 2:
+        groups, entries = dims(table)
+        if not isinstance(groups, int) or not isinstance(entries, int):
+            raise Refused("its table has dynamic sizes")
+        first = torch.arange(groups, dtype=torch.int32).repeat_interleave(channels // groups) * entries
+        codes = emit("Add", codes, emit.constant(first[:, None]), dims=(channels, elements))
+        table = emit.reshape(table, (groups * entries,))
+    found = emit("Gather", table, codes, axis=0, dims=(channels, elements))
+    return emit.reshape(found, tuple(shape))
+
+
+def _unpacked(emit: Emitter, packed: Value, bits: int, count: int) -> Value:
+    """Return u8[channels, count]: every byte shifted by each place, and masked."""
+    channels, width = dims(packed)
+    assert isinstance(width, int)
+    if bits == 8:
+        return packed
+    each = 8 // bits
+    places = emit.constant(torch.arange(each, dtype=torch.uint8) * bits)
+    column = emit("Unsqueeze", packed, [2], dims=(channels, width, 1))
+    shifted = emit("BitShift", column, places, direction="RIGHT", dims=(channels, width, each))
+    codes = emit("BitwiseAnd", shifted, emit.constant(torch.tensor(2**bits - 1, dtype=torch.uint8)), dims=dims(shifted))
+    flat = emit.reshape(codes, (channels, width * each))
+    if width * each == count:
+        return flat
+    return emit("Slice", flat, [0], [count], [1], dims=(channels, count))

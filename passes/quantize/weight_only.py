@@ -1,0 +1,252 @@
+"""Store the weights of matrix products and embeddings in blocks of few bits; activations stay float.
+
+    before:  y = linear(x, w, b);  e = embedding(table, i)
+    after:   y = matmul_nbits(x, w in blocks, scales, zero points, b);  e = gather_nbits(table in blocks, ..., i)
+
+Every ``block_size`` numbers of a row of ``w`` share a scale, and a zero point unless ``symmetric``. A weight that
+several calls read is quantized once, if all of them can read it in blocks. ONNX Runtime 1.32 on a CPU has the kernels
+for 2, 4 and 8 bits (com.microsoft's MatMulNBits and GatherBlockQuantized); they expand blocks while they multiply, so
+that memory and file stay small. A product of floats stays one: ``accuracy_level=4`` lets ORT round the activations to
+8 bits instead, which is faster, and which the graph does not imitate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.args import arg, dtype, shape, tensor_arg
+from fxopt.contracts import Contract
+from fxopt.pass_base import Pass
+from fxopt.passes.quantize.blocks import BITS, BlockWeight, Search, quantize_blocks
+from fxopt.passes.quantize.stored_weights import StoredWeights, check_names, refusal, tensor_bytes
+from fxopt.rewriter import Rewriter
+from fxopt.weight_only_ops import GATHER_NBITS, MATMUL_NBITS
+
+__all__ = ["QuantizeWeights"]
+
+Node = torch.fx.Node
+aten = torch.ops.aten
+_WEIGHT: dict[Any, str] = {
+    aten.linear.default: "weight",
+    aten.embedding.default: "weight",
+    aten.matmul.default: "other",
+    aten.mm.default: "mat2",
+    aten.addmm.default: "mat2",
+}
+_INPUT: dict[Any, str] = {
+    aten.linear.default: "input",
+    aten.matmul.default: "self",
+    aten.mm.default: "self",
+    aten.addmm.default: "mat1",
+}
+_ROWS_ARE_OUTPUTS = (aten.linear.default, aten.embedding.default)
+_FLOORS = {2: 0.0, 4: 8.0, 8: 30.0}  # dB
+_ACCURACY_LEVELS = (0, 1, 4)  # what the CPU kernels know: f32 without and with asking for it, and int8
+
+
+@dataclasses.dataclass(frozen=True)
+class _Use:
+    """One call that multiplies by a constant matrix: where it reads it, and whether its rows are the outputs."""
+
+    call: Node
+    read: Node
+    by_rows: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Quantize constant matrices in blocks, weights only.
+
+    Attributes:
+        bits: Width of the integers: 2, 4 or 8.
+        block_size: Numbers that share a scale: a power of two, 16 or more.
+        symmetric: Leave out zero points: a little smaller, a little less accurate.
+        search: How the range of a block is chosen; see :func:`quantize_blocks`.
+        embeddings: Whether embeddings are quantized too.
+        skip: Patterns of names of weights or nodes that stay as they are.
+        min_elements: Smaller weights stay as they are.
+        accuracy_level: In which type ORT multiplies: 0 leaves it to ORT, which takes f32; 1 f32; 4 int8 activations.
+        min_sqnr_db: Signal to noise that every output must keep on the example inputs, in dB; if not given, 0 for 2
+            bits, 8 for 4, 30 for 8.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    evaluation_only: ClassVar[bool] = True
+    bits: int = 4
+    block_size: int = 32
+    symmetric: bool = False
+    search: Search = "mse"
+    embeddings: bool = True
+    skip: tuple[str, ...] = ()
+    min_elements: int = 4096
+    accuracy_level: int = 0
+    min_sqnr_db: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.bits not in BITS:
+            raise ValueError(f"bits is {self.bits}; wanted {', '.join(map(str, BITS))}")
+        if self.block_size < 16 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size is {self.block_size}; wanted a power of two of 16 or more")
+        if self.search not in ("absmax", "mse"):
+            raise ValueError(f"search is {self.search!r}; wanted 'absmax' or 'mse'")
+        if self.accuracy_level not in _ACCURACY_LEVELS:
+            raise ValueError(f"accuracy_level is {self.accuracy_level}; wanted one of {_ACCURACY_LEVELS}")
+        check_names(self.skip)
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
+        """The promise about the outputs."""
+        return Contract.lossy("sqnr_db", _FLOORS[self.bits] if self.min_sqnr_db is None else self.min_sqnr_db)
+
+    def run(self, rw: Rewriter) -> None:
+        """Quantize every constant matrix whose readers all allow it."""
+        stored = _Blocks(self, rw)
+        targets = [target for target in _WEIGHT if self.embeddings or target is not aten.embedding.default]
+        for call in rw.calls(*targets):
+            use = _use_of(call)
+            if use is None:
+                if call.target is aten.linear.default:
+                    rw.skip(call, "its weight is computed when the graph runs")
+                continue
+            reason = stored.refusal(use)
+            if reason is not None:
+                rw.skip(call, reason)
+            else:
+                _replace(rw, use, stored.nodes(use), self)
+        if stored.bytes_before:
+            rw.notes.append(f"weights of {stored.bytes_before} bytes take {stored.bytes_after} bytes in blocks")
+
+
+class _Blocks:
+    """The matrices in blocks: which can be, and the nodes that read what was stored for them."""
+
+    def __init__(self, options: QuantizeWeights, rw: Rewriter) -> None:
+        self.options, self.rw = options, rw
+        self.bytes_before = self.bytes_after = 0
+        self._readers = StoredWeights(rw)
+        self._refusals: dict[int, str | None] = {}
+        self._weights: dict[int, BlockWeight] = {}
+        self._nodes: dict[tuple[int, torch.fx.Graph], tuple[Node, Node, Node | None]] = {}
+
+    def refusal(self, use: _Use) -> str | None:
+        """Return why the call keeps its floats, or None."""
+        tensor = self.rw.tensor(use.read)
+        if id(tensor) not in self._refusals:  # before the first change: afterwards others read it
+            self._refusals[id(tensor)] = self._weight_refusal(use, tensor)
+        return self._refusals[id(tensor)] or _call_refusal(use.call)
+
+    def _weight_refusal(self, use: _Use, tensor: torch.Tensor) -> str | None:
+        options, reads = self.options, self._readers.reads(tensor)
+        if (reason := refusal(use.call, reads, tensor, options.skip, options.min_elements)) is not None:
+            return reason
+        if tensor.ndim != 2:
+            return f"its constant operand has {tensor.ndim} axes, not 2"
+        for user in [user for read in reads for reader in read.users for user in _behind_transposition(reader)]:
+            other = _use_of(user)
+            if other is None or self.rw.tensor(other.read) is not tensor or not self._is_target(user):
+                return f"its weight is also read by {user.name} ({user.target})"
+            if _call_refusal(user) is not None and user is not use.call:
+                return f"its weight is also read by {user.name}: {_call_refusal(user)}"
+            if other.by_rows != use.by_rows:
+                return f"its weight is read transposed by {user.name}"
+        stored = self._quantized(use, tensor)
+        if stored.nbytes >= tensor_bytes(tensor):
+            del self._weights[id(tensor)]
+            return f"its blocks would take {stored.nbytes} bytes instead of {tensor_bytes(tensor)}"
+        return None
+
+    def _is_target(self, call: Node) -> bool:
+        return self.options.embeddings or call.target is not aten.embedding.default
+
+    def _quantized(self, use: _Use, tensor: torch.Tensor) -> BlockWeight:
+        if id(tensor) not in self._weights:
+            options = self.options
+            self._weights[id(tensor)] = quantize_blocks(
+                tensor.detach() if use.by_rows else tensor.detach().t(),
+                bits=options.bits, block_size=options.block_size, symmetric=options.symmetric, search=options.search,
+            )  # fmt: skip
+
+        return self._weights[id(tensor)]
+
+    def nodes(self, use: _Use) -> tuple[Node, Node, Node | None]:
+        """Return the nodes that read integers, scales and zero points, in the graph of the call."""
+        tensor = self.rw.tensor(use.read)
+        key = (id(tensor), use.call.graph)
+        if key not in self._nodes:
+            held = self._quantized(use, tensor)
+            if not any(known == id(tensor) for known, _ in self._nodes):
+                self.bytes_before += tensor_bytes(tensor)
+                self.bytes_after += held.nbytes
+            path = str(use.read.target)
+            packed, scales, *others = (
+                self.rw.constant(f"{path}_{kind}", part, near=use.call)
+                for kind, part in (("blocks", held.packed), ("scales", held.scales), ("zero_points", held.zero_points))
+                if part is not None
+            )
+            self._nodes[key] = (packed, scales, others[0] if others else None)
+        return self._nodes[key]
+
+
+def _use_of(call: Node) -> _Use | None:
+    """Return how a call reads a constant matrix, or None if it reads none."""
+    if call.op != "call_function" or call.target not in _WEIGHT:
+        return None
+    weight = tensor_arg(call, _WEIGHT[call.target])
+    by_rows = call.target in _ROWS_ARE_OUTPUTS
+    while _is_transposition(weight):
+        weight, by_rows = tensor_arg(weight, "self"), not by_rows
+    return _Use(call, weight, by_rows) if weight.op == "get_attr" else None
+
+
+def _is_transposition(node: Node) -> bool:
+    """Return whether a call exchanges the two axes of a matrix."""
+    if node.op != "call_function" or node.target not in (aten.t.default, aten.transpose.int, aten.permute.default):
+        return False
+    if len(shape(tensor_arg(node, "self"))) != 2:
+        return False
+    if node.target is aten.permute.default:
+        return [axis % 2 for axis in arg(node, "dims")] == [1, 0]
+    return node.target is aten.t.default or arg(node, "dim0") % 2 != arg(node, "dim1") % 2
+
+
+def _behind_transposition(node: Node) -> list[Node]:
+    if not _is_transposition(node):
+        return [node]
+    return [reader for user in node.users for reader in _behind_transposition(user)]
+
+
+def _call_refusal(call: Node) -> str | None:
+    if call.target is aten.embedding.default:
+        return None
+    x = tensor_arg(call, _INPUT[call.target])
+    if dtype(x) is not torch.float32:
+        return f"its input is {dtype(x)}"
+    if call.target is aten.addmm.default:
+        if arg(call, "alpha") != 1 or arg(call, "beta") != 1:
+            return "alpha or beta is not 1"
+        if len(shape(tensor_arg(call, "self"))) != 1 or shape(tensor_arg(call, "self"))[0] != shape(call)[-1]:
+            return "what is added is no vector of its outputs"
+    return None
+
+
+def _replace(rw: Rewriter, use: _Use, nodes: tuple[Node, Node, Node | None], options: QuantizeWeights) -> None:
+    packed, scales, zero_points = nodes
+    tensor = rw.tensor(use.read)
+    features_in = tensor.shape[1 if use.by_rows else 0]
+    form = (options.bits, options.block_size, features_in)
+    why = f"weight {use.read.target} in {options.bits} bits, blocks of {options.block_size}"
+    if use.call.target is aten.embedding.default:
+        index = tensor_arg(use.call, "indices")
+        rw.replace_call(use.call, GATHER_NBITS, (packed, scales, zero_points, index, *form), why=why)
+        return
+    x = tensor_arg(use.call, _INPUT[use.call.target])
+    biases: dict[Any, str] = {aten.linear.default: "bias", aten.addmm.default: "self"}
+    bias = biases.get(use.call.target)
+    added = None if bias is None else arg(use.call, bias)
+    rw.replace_call(
+        use.call, MATMUL_NBITS, (x, packed, scales, zero_points, *form, added, options.accuracy_level), why=why
+    )
