@@ -109,7 +109,6 @@ class _Quantizers:
     def __init__(self, rw: Rewriter) -> None:
         self.activations: list[tuple[list[str], QuantSpec]] = []
         self.weights: dict[str, QuantSpec] = {}
-        self._constants: dict[torch.fx.Node, torch.fx.Node] = {}
         prefixes = path_of(rw.gm)
         for node in list(rw.calls(FAKE_QUANTIZE, FAKE_QUANTIZE_BIAS, NORM_BIAS)):
             if node.target is FAKE_QUANTIZE:
@@ -141,15 +140,16 @@ class _Quantizers:
     def plan(self, rw: Rewriter, folded: dict[str, FoldedNorm], target: Target) -> QuantPlan:
         """Return the plan by the names of the graph of integer layers."""
         layer_of = {norm.name: layer for layer, norm in folded.items()}
-        known = {path_of(rw.gm)[m.graph] + node.name for m in graph_modules(rw.gm) for node in m.graph.nodes}
+        prefixes, placed = path_of(rw.gm), place(rw.gm, target)
+        known = {prefixes[module.graph] + node.name for module in graph_modules(rw.gm) for node in module.graph.nodes}
         specs: dict[str, QuantSpec] = {}
         for names, spec in self.activations:
             name = next((layer_of.get(name, name) for name in names if name in layer_of or name in known), None)
             if name is not None:
                 specs[name] = spec
         for module in graph_modules(rw.gm):
-            prefix = path_of(rw.gm)[module.graph]
-            _complete(specs, module.graph, place(rw.gm, target), target, prefix)
+            prefix = prefixes[module.graph]
+            _complete(specs, module.graph, placed, target, prefix)
             for site in integer_sites(module.graph, target, {}, prefix):
                 layer = prefix + site.node.name
                 if site.weight is not None and layer in self.weights:
