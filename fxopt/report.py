@@ -61,7 +61,6 @@ class Step:
     status: Status = "unchanged"
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
-    notes: tuple[str, ...] = ()
     rolled_back: tuple[RolledBack, ...] = ()
     seconds: float = 0.0
     check_seconds: float = 0.0
@@ -70,6 +69,7 @@ class Step:
     errors: tuple[OutputError, ...] = ()
     checked: int = 0
     graph_text: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
