@@ -24,12 +24,9 @@ from typing import ClassVar
 
 import torch
 
-from fxopt.contracts import Contract
-from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.layer_inputs import PlannedLayer, planned_layers
-from fxopt.passes.quantize.spec import QuantPlan
-from fxopt.passes.quantize.target import TARGETS
+from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.rewriter import Rewriter
 
 __all__ = ["AdaRound", "LayerRows", "adaptive_rounding", "rectified_sigmoid", "rounding_loss"]
@@ -45,7 +42,7 @@ _BYTES = 256 * 2**20  # of the rows
 
 
 @dataclasses.dataclass(frozen=True)
-class AdaRound(Pass):
+class AdaRound(PlannedPass):
     """Put the weights of a plan on its grid by AdaRound. Runs before :class:`InsertQdq` with the same plan.
 
     Attributes:
@@ -61,33 +58,19 @@ class AdaRound(Pass):
     """
 
     name: ClassVar[str] = "adaround"
-    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
-    evaluation_only: ClassVar[bool] = True
-    divisible: ClassVar[bool] = False
-    plan: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}), repr=False)
-    target: str = "ort-cpu"
     iterations: int = 300
     strength: float = 100.0
     asymmetric: bool = True
     seed: int = 0
     megabytes: int = 2048
-    min_sqnr_db: float = 10.0
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.target not in TARGETS:
-            raise ValueError(f"target is {self.target!r}; wanted one of {', '.join(TARGETS)}")
-        if not isinstance(self.plan, QuantPlan):
-            raise TypeError(f"plan is a {type(self.plan).__name__}; wanted a QuantPlan")
+        super().__post_init__()
         if self.iterations < 1:
             raise ValueError(f"iterations is {self.iterations}; wanted at least 1")
         if not self.strength >= 0:
             raise ValueError(f"strength is {self.strength}; wanted at least 0")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Replace the weights.

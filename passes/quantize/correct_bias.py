@@ -21,13 +21,11 @@ import torch
 
 from fxopt.args import arg
 from fxopt.calibration_data import calibration_samples
-from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
-from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.placement import Site
+from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.passes.quantize.simulate import Simulation, Watch, along_channels, channel_axis, float_outputs
-from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.target import TARGETS
 from fxopt.rewriter import Rewriter
 
@@ -35,7 +33,7 @@ __all__ = ["CorrectBias", "corrected_run", "shift_biases", "watch_means"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CorrectBias(Pass):
+class CorrectBias(PlannedPass):
     """Correct the biases of the layers that a plan quantizes; runs before the plan is applied.
 
     Attributes:
@@ -46,23 +44,14 @@ class CorrectBias(Pass):
     """
 
     name: ClassVar[str] = "correct-bias"
-    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
-    evaluation_only: ClassVar[bool] = True
-    divisible: ClassVar[bool] = False
-    plan: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}), repr=False)
-    target: str = "ort-cpu"
     batches: int = 8
     min_sqnr_db: float = 0.0
 
     def __post_init__(self) -> None:
         """Check the options."""
+        super().__post_init__()
         if self.batches < 1:
             raise ValueError(f"batches is {self.batches}; wanted 1 or more")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Run on the outer graph: the sides of a branch see other inputs each, and are left as they are."""

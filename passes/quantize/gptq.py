@@ -19,12 +19,9 @@ from typing import ClassVar
 
 import torch
 
-from fxopt.contracts import Contract
-from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.layer_inputs import PlannedLayer, planned_layers
-from fxopt.passes.quantize.spec import QuantPlan
-from fxopt.passes.quantize.target import TARGETS
+from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.rewriter import Rewriter
 
 __all__ = ["Gptq", "gptq_integers", "layer_hessian"]
@@ -33,7 +30,7 @@ _LAZY = 128  # columns after which the rest of the matrix is brought up to date 
 
 
 @dataclasses.dataclass(frozen=True)
-class Gptq(Pass):
+class Gptq(PlannedPass):
     """Put the weights of a plan on its grid by GPTQ. Runs before :class:`InsertQdq` with the same plan.
 
     Attributes:
@@ -46,29 +43,15 @@ class Gptq(Pass):
     """
 
     name: ClassVar[str] = "gptq"
-    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
-    evaluation_only: ClassVar[bool] = True
-    divisible: ClassVar[bool] = False
-    plan: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}), repr=False)
-    target: str = "ort-cpu"
     damping: float = 0.01
     by_activation: bool = True
     megabytes: int = 2048
-    min_sqnr_db: float = 10.0
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.target not in TARGETS:
-            raise ValueError(f"target is {self.target!r}; wanted one of {', '.join(TARGETS)}")
-        if not isinstance(self.plan, QuantPlan):
-            raise TypeError(f"plan is a {type(self.plan).__name__}; wanted a QuantPlan")
+        super().__post_init__()
         if not self.damping > 0:
             raise ValueError(f"damping is {self.damping}; wanted above 0, or the Hessian may have no inverse")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Replace the weights.

@@ -19,13 +19,12 @@ from typing import ClassVar
 import torch
 
 from fxopt.args import source_line
-from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import graph_modules
-from fxopt.pass_base import Pass
 from fxopt.passes.quantize.layout import Layout, bias_of, input_of
 from fxopt.passes.quantize.placement import Site, kernel_of, path_of
-from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
+from fxopt.passes.quantize.planned_pass import PlannedPass
+from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import TARGETS
 from fxopt.passes.quantize.weights import bias_integers, constant_of, parameters_of, weight_integers
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
@@ -37,7 +36,7 @@ aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
-class InsertQdq(Pass):
+class InsertQdq(PlannedPass):
     """Apply a plan whose scales are known.
 
     Attributes:
@@ -47,25 +46,7 @@ class InsertQdq(Pass):
     """
 
     name: ClassVar[str] = "insert-qdq"
-    needs: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
     ends: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
-    evaluation_only: ClassVar[bool] = True
-    divisible: ClassVar[bool] = False
-    plan: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}), repr=False)
-    target: str = "ort-cpu"
-    min_sqnr_db: float = 10.0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.target not in TARGETS:
-            raise ValueError(f"target is {self.target!r}; wanted one of {', '.join(TARGETS)}")
-        if not isinstance(self.plan, QuantPlan):
-            raise TypeError(f"plan is a {type(self.plan).__name__}; wanted a QuantPlan")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Insert the nodes.
