@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,7 +17,7 @@ from fxopt.errors import FixedPointError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.rewriter import Rewriter
 
-__all__ = ["FixedPoint", "Pass", "PassResult"]
+__all__ = ["FixedPoint", "Pass", "PassResult", "run_passes"]
 
 
 class PassResult(TorchPassResult):
@@ -120,6 +120,15 @@ class Pass(PassBase):
         return self.name + (f"{{{','.join(options)}}}" if options else "")
 
 
+def run_passes(rw: Rewriter, passes: Iterable[Pass]) -> None:
+    """Run passes as parts of another one; what each changes and refuses is recorded under its own name."""
+    name = rw.pass_name
+    for item in passes:
+        rw.pass_name = item.name
+        item.run(rw)
+    rw.pass_name = name
+
+
 @dataclasses.dataclass(frozen=True)
 class FixedPoint(Pass):
     """Repeat passes, in order, until none of them changes anything.
@@ -152,17 +161,11 @@ class FixedPoint(Pass):
         Raises:
             FixedPointError: after ``cap`` rounds there are still changes; the message names the passes that made them.
         """
-        name = rw.pass_name
         changed: list[Change] = []
         for _ in range(self.cap):
-            changed = []
-            kept_skips = len(rw.skips)
-            for item in self.passes:
-                rw.pass_name = item.name
-                before = len(rw.changes)
-                item.run(rw)
-                changed += rw.changes[before:]
-            rw.pass_name = name
+            kept_skips, before = len(rw.skips), len(rw.changes)
+            run_passes(rw, self.passes)
+            changed = rw.changes[before:]
             if not changed:
                 return
             del rw.skips[kept_skips:]

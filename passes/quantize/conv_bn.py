@@ -22,18 +22,9 @@ import torch
 
 from fxopt.args import arg
 from fxopt.ops import SELECT_MODE
-from fxopt.pass_base import Pass
-from fxopt.passes.cleanup import (
-    FoldConstants,
-    FreezeMode,
-    MergeCommonSubexpressions,
-    RemoveDeadCode,
-    RemoveIdentities,
-    SimplifyAlgebra,
-)
+from fxopt.pass_base import run_passes
 from fxopt.passes.cleanup.batch_norm_algebra import fold_after, scale_and_shift
-from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
-from fxopt.passes.quantize.sink_constants import SinkConstants
+from fxopt.passes.quantize.preparation import BEFORE_NORMS, BEHIND_NORMS
 from fxopt.passes.quantize.weights import constant_of
 from fxopt.rewriter import Rewriter
 
@@ -58,14 +49,6 @@ _LAYERS: dict[Any, tuple[str, str]] = {  # what each calls its weight and its bi
     ),
     aten.addmm.default: ("mat2", "self"),
 }  # fmt: skip
-_BEFORE: tuple[Pass, ...] = (
-    FreezeMode(),
-    SinkConstants(),
-    RemoveIdentities(),
-    SimplifyAlgebra(),
-    FoldConstants(parameters=True),
-)
-_BEHIND: tuple[Pass, ...] = (LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
 
 
 class FoldedNorm:
@@ -91,10 +74,7 @@ def as_integer_layers(rw: Rewriter) -> dict[str, FoldedNorm]:
     """
     name, known = rw.pass_name, len(rw.skips)
     folded: dict[str, FoldedNorm] = {}
-    for item in _BEFORE:
-        rw.pass_name = item.name
-        item.run(rw)
-    rw.pass_name = name
+    run_passes(rw, BEFORE_NORMS)
     for norm in rw.calls(_NORM):
         reason = _refuses(rw, norm)
         if reason is None:
@@ -102,10 +82,7 @@ def as_integer_layers(rw: Rewriter) -> dict[str, FoldedNorm]:
             folded[rw.site_name(layer)] = _fold(rw, layer, norm)
         else:
             rw.skip(norm, reason)
-    for item in _BEHIND:
-        rw.pass_name = item.name
-        item.run(rw)
-    rw.pass_name = name
+    run_passes(rw, BEHIND_NORMS)
     rw.skips[known:] = [skip for skip in rw.skips[known:] if skip.pass_name == name]
     return folded
 

@@ -25,11 +25,9 @@ from fxopt.changes import Skip
 from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
-from fxopt.pass_base import Pass
+from fxopt.pass_base import Pass, run_passes
 from fxopt.passes.cleanup import (
     FoldConstants,
-    MergeCommonSubexpressions,
-    RemoveDeadCode,
     RemoveIdentities,
     SimplifyAlgebra,
 )
@@ -38,8 +36,8 @@ from fxopt.passes.quantize.conv_bn import as_integer_layers
 from fxopt.passes.quantize.fake_quantizers import FakeQuantizers, FirstScales
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
 from fxopt.passes.quantize.layout import Layout
-from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
 from fxopt.passes.quantize.placement import path_of, place
+from fxopt.passes.quantize.preparation import BEHIND_NORMS
 from fxopt.passes.quantize.ranges import RangeMethod
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
@@ -48,14 +46,7 @@ from fxopt.rewriter import Rewriter
 
 __all__ = ["PrepareQat"]
 
-_SAFE_IN_BOTH_MODES: tuple[Pass, ...] = (
-    RemoveIdentities(),
-    SimplifyAlgebra(),
-    FoldConstants(),
-    LowerForIntegers(),
-    MergeCommonSubexpressions(),
-    RemoveDeadCode(),
-)
+_SAFE_IN_BOTH_MODES: tuple[Pass, ...] = (RemoveIdentities(), SimplifyAlgebra(), FoldConstants(), *BEHIND_NORMS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +106,8 @@ class PrepareQat(Pass):
         """
         refuse_quantized(rw, self.name)
         _refuse_one_mode(rw.gm)
-        name, skips = rw.pass_name, len(rw.skips)
-        for item in _SAFE_IN_BOTH_MODES:
-            rw.pass_name = item.name
-            item.run(rw)
-        rw.pass_name = name
+        skips = len(rw.skips)
+        run_passes(rw, _SAFE_IN_BOTH_MODES)
         del rw.skips[skips:]  # what those passes left alone is not what this one is asked about
         evaluation = Rewriter(_in_evaluation(rw.gm), self.name)
         folded = as_integer_layers(evaluation)

@@ -18,44 +18,20 @@ from fxopt.changes import Skip
 from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.pass_base import Pass
-from fxopt.passes.cleanup import (
-    FoldBatchNorm,
-    FoldConstants,
-    FreezeMode,
-    MergeCommonSubexpressions,
-    RemoveDeadCode,
-    RemoveIdentities,
-    SimplifyAlgebra,
-)
+from fxopt.pass_base import Pass, run_passes
 from fxopt.passes.quantize.calibrate import Progress
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.correct_bias import shift_biases
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
-from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
 from fxopt.passes.quantize.placement import place
+from fxopt.passes.quantize.preparation import PREPARATION
 from fxopt.passes.quantize.ranges import RangeMethod
 from fxopt.passes.quantize.recipe import METHODS_TRIED, Candidate, Recipe, Search
 from fxopt.passes.quantize.simulate import Simulation
-from fxopt.passes.quantize.sink_constants import SinkConstants
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
 from fxopt.passes.quantize.target import TARGETS
 from fxopt.rewriter import Rewriter
 
-__all__ = ["PREPARATION", "Quantize", "calibration_of"]  # the last for passes that look for it here
-
-PREPARATION: tuple[Pass, ...] = (
-    FreezeMode(),
-    SinkConstants(),
-    RemoveIdentities(),
-    SimplifyAlgebra(),
-    FoldConstants(parameters=True),
-    FoldBatchNorm(),
-    LowerForIntegers(),
-    MergeCommonSubexpressions(),
-    RemoveDeadCode(),
-)
-"""What makes a graph ready: evaluation alone, batch norms in the weights, operators that have integer kernels."""
+__all__ = ["PREPARATION", "Quantize"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,11 +139,7 @@ class Quantize(Pass):
                     try_="graph.eval(); to train with quantizers in place, use prepare-qat",
                 )
             )
-        name = rw.pass_name
-        for item in PREPARATION:
-            rw.pass_name = item.name
-            item.run(rw)
-        rw.pass_name = name
+        run_passes(rw, PREPARATION)
 
     def _search(self, gm: CapturedModule, progress: Progress | None, notes: list[str]) -> Candidate:
         target = TARGETS[self.target]

@@ -1,0 +1,33 @@
+"""What makes a graph ready for quantizers: evaluation alone, and operators that have integer kernels."""
+
+from __future__ import annotations
+
+from fxopt.pass_base import Pass
+from fxopt.passes.cleanup import (
+    FoldBatchNorm,
+    FoldConstants,
+    FreezeMode,
+    MergeCommonSubexpressions,
+    RemoveDeadCode,
+    RemoveIdentities,
+    SimplifyAlgebra,
+)
+from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
+from fxopt.passes.quantize.sink_constants import SinkConstants
+
+__all__ = ["BEFORE_NORMS", "BEHIND_NORMS", "PREPARATION"]
+
+BEFORE_NORMS: tuple[Pass, ...] = (
+    FreezeMode(),
+    SinkConstants(),
+    RemoveIdentities(),
+    SimplifyAlgebra(),
+    FoldConstants(parameters=True),
+)
+"""What comes before batch norms go into the layers in front of them."""
+
+BEHIND_NORMS: tuple[Pass, ...] = (LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
+"""What comes behind that."""
+
+PREPARATION: tuple[Pass, ...] = (*BEFORE_NORMS, FoldBatchNorm(), *BEHIND_NORMS)
+"""All of it."""
