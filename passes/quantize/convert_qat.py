@@ -30,7 +30,7 @@ from fxopt.passes.quantize.conv_bn import (
     folded_scales,
 )
 from fxopt.passes.quantize.insert_qdq import InsertQdq
-from fxopt.passes.quantize.placement import integer_sites, move_source, path_of, place
+from fxopt.passes.quantize.placement import all_sites, integer_sites, move_source, node_names, path_of, place
 from fxopt.passes.quantize.resolve import resolve_weights
 from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.sink_constants import SinkConstants
@@ -141,7 +141,7 @@ class _Quantizers:
         """Return the plan by the names of the graph of integer layers."""
         layer_of = {norm.name: layer for layer, norm in folded.items()}
         prefixes, placed = path_of(rw.gm), place(rw.gm, target)
-        known = {prefixes[module.graph] + node.name for module in graph_modules(rw.gm) for node in module.graph.nodes}
+        known = node_names(rw.gm)
         specs: dict[str, QuantSpec] = {}
         for names, spec in self.activations:
             name = next((layer_of.get(name, name) for name in names if name in layer_of or name in known), None)
@@ -211,18 +211,15 @@ def _complete(
 def _overflow_notes(rw: Rewriter, plan: QuantPlan, target: Target) -> list[str]:
     """Return what to say of 8-bit weights that grew while they were trained."""
     found: list[str] = []
-    prefixes = path_of(rw.gm)
-    for module in graph_modules(rw.gm):
-        prefix = prefixes[module.graph]
-        for site in integer_sites(module.graph, target, {}, prefix):
-            spec = None if site.weight is None else plan.get(prefix + site.weight.name)
-            if site.weight is None or spec is None or spec.bits != 8 or spec.axis is None:
-                continue
-            groups = int(arg(site.node, "groups")) if "conv" in str(site.node.target) else 1
-            over = int(can_overflow(weight_integers(constant_of(site.weight), spec), spec.axis, groups=groups).sum())
-            if over:
-                found.append(
-                    f"{prefix}{site.node.name}: {over} channels can overflow the 16-bit sums of CPUs without VNNI; "
-                    "train with weight_bits=7, or run ORT with session.x64quantprecision=1"
-                )
+    for prefix, site in all_sites(rw.gm, target):
+        spec = None if site.weight is None else plan.get(prefix + site.weight.name)
+        if site.weight is None or spec is None or spec.bits != 8 or spec.axis is None:
+            continue
+        integers = weight_integers(constant_of(site.weight), spec)
+        over = int(can_overflow(integers, spec.axis, groups=site.groups).sum())
+        if over:
+            found.append(
+                f"{prefix}{site.node.name}: {over} channels can overflow the 16-bit sums of CPUs without VNNI; "
+                "train with weight_bits=7, or run ORT with session.x64quantprecision=1"
+            )
     return found

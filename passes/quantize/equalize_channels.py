@@ -26,13 +26,15 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 
-from fxopt.args import arg, shape
+from fxopt.args import shape
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.calibration_source import calibration_of
+from fxopt.passes.quantize.layout import bias_of
 from fxopt.passes.quantize.placement import Site, integer_sites
+from fxopt.passes.quantize.simulate import channel_axis
 from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.rewriter import Rewriter
@@ -107,7 +109,7 @@ class EqualizeChannels(Pass):
         if self.by == "weights" or not found:
             return {}
         names = {rw.site_name(j.value): j for j in found}
-        axes = {name: 1 if j.first.kernel.weight == "weight" and _is_conv(j.first) else -1 for name, j in names.items()}
+        axes = {name: channel_axis(j.first) for name, j in names.items()}
         sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=axes)
         return {names[name].value: _magnitudes(sketch) for name, sketch in sketches.items() if sketch.count}
 
@@ -179,14 +181,10 @@ def _through_homogeneous(node: torch.fx.Node) -> torch.fx.Node:
 
 def _reads_channels(reader: Site, value: torch.fx.Node, first: Site) -> bool:
     """Return whether the input channels of ``reader`` are the output channels of ``first``, in their order."""
-    if reader.operands[0] is not value or value in reader.operands[1:] or _is_conv(reader) != _is_conv(first):
+    if reader.operands[0] is not value or value in reader.operands[1:] or reader.is_convolution != first.is_convolution:
         return False
-    axis = 1 if _is_conv(first) else -1
+    axis = channel_axis(first)
     return shape(value)[axis] == shape(first.node)[axis] and len(shape(value)) == len(shape(first.node))
-
-
-def _is_conv(site: Site) -> bool:
-    return "conv" in str(site.node.target)
 
 
 def _weight(site: Site) -> torch.fx.Node:
@@ -194,13 +192,8 @@ def _weight(site: Site) -> torch.fx.Node:
     return site.weight
 
 
-def _bias(site: Site) -> torch.fx.Node | None:
-    held = arg(site.node, site.kernel.bias) if site.kernel.bias is not None else None
-    return held if isinstance(held, torch.fx.Node) else None
-
-
 def _constants(junction: Junction) -> list[torch.fx.Node]:
-    bias = _bias(junction.first)
+    bias = bias_of(junction.first)
     return [_weight(s) for s in (junction.first, *junction.readers)] + ([bias] if bias is not None else [])
 
 
@@ -217,7 +210,7 @@ def _by_input(site: Site, weight: torch.Tensor) -> torch.Tensor:
     """Return a view of the weight as f32[groups, out channels of a group, in channels of a group, the rest]."""
     if site.kernel.weight_axis == 1:
         return weight.t()[None, :, :, None]
-    groups = int(arg(site.node, "groups")) if _is_conv(site) else 1
+    groups = site.groups
     return weight.unflatten(0, (groups, -1)).flatten(3) if weight.ndim > 2 else weight[None, :, :, None]
 
 
@@ -234,7 +227,7 @@ def _times_inputs(site: Site, weight: torch.Tensor, factor: torch.Tensor) -> tor
 
 
 def _divide_outputs(site: Site, weights: dict[torch.fx.Node, torch.Tensor], factor: torch.Tensor) -> None:
-    weight, bias = weights[_weight(site)], _bias(site)
+    weight, bias = weights[_weight(site)], bias_of(site)
     shaped = [1] * weight.ndim
     shaped[site.kernel.weight_axis] = -1
     weights[_weight(site)] = weight / factor.reshape(shaped)

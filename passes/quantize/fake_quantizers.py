@@ -237,8 +237,7 @@ class FakeQuantizers:
                     try_=f"plan.changed({site.weight.name!r}, axis={site.kernel.weight_axis})",
                 )
             )
-        groups = int(arg(layer, "groups")) if "conv" in str(layer.target) else 1
-        scale = self.scales.of_weight(self.prefix + site.weight.name, held, spec, norm, groups)
+        scale = self.scales.of_weight(self.prefix + site.weight.name, held, spec, norm, site.groups)
         zero_point = torch.zeros(scale.shape, dtype=spec.dtype)
         name = str(weight.target) if weight.op == "get_attr" else weight.name
         count = held.numel() // max(scale.numel(), 1) * spec.limits[1]

@@ -22,7 +22,7 @@ from fxopt.args import source_line
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import graph_modules
 from fxopt.passes.quantize.layout import Layout, bias_of, input_of
-from fxopt.passes.quantize.placement import Site, kernel_of, path_of
+from fxopt.passes.quantize.placement import Site, kernel_of, node_names, path_of
 from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import TARGETS
@@ -61,8 +61,7 @@ class InsertQdq(PlannedPass):
             _Inserter(rw, Layout(module.graph, self.plan, TARGETS[self.target], prefixes[module.graph])).run()
 
     def _check_plan(self, rw: Rewriter) -> None:
-        prefixes = path_of(rw.gm)
-        known = {prefixes[m.graph] + node.name for m in graph_modules(rw.gm) for node in m.graph.nodes}
+        known = node_names(rw.gm)
         unknown = [name for name in self.plan if name not in known]
         if unknown:
             raise PassError(

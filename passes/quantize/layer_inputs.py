@@ -25,7 +25,7 @@ from fxopt.graph_module import graph_modules
 from fxopt.passes.quantize.graph_walk import Walk, items_within
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
 from fxopt.passes.quantize.layout import Layout, bias_of
-from fxopt.passes.quantize.placement import Site, limits_of, path_of
+from fxopt.passes.quantize.placement import Site, path_of
 from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import TARGETS
@@ -57,10 +57,9 @@ class LayerMatrix:
     @classmethod
     def of(cls, site: Site, weight: torch.Tensor) -> LayerMatrix:
         """Return the matrices of a site whose kernel has a constant weight."""
-        is_convolution = "stride" in {argument.name for argument in site.node.target._schema.arguments}  # type: ignore[union-attr]  # a site calls an operator
-        if not is_convolution:
+        if not site.is_convolution:
             return cls(site.node, 1, 0, site.kernel.weight_axis == 1, tuple(weight.shape))
-        return cls(site.node, arg(site.node, "groups"), weight.ndim - 2, False, tuple(weight.shape))
+        return cls(site.node, site.groups, weight.ndim - 2, False, tuple(weight.shape))
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         """Return a weight as ``[groups, out, in]``."""
@@ -287,12 +286,7 @@ def _layer(
 
 
 def _limits(site: Site, target: str) -> tuple[float | None, float | None]:
-    lows: list[float] = []
-    highs: list[float] = []
-    node = site.result
-    while node is not site.node:
-        low, high = limits_of(node, TARGETS[target])
-        lows += [] if low is None else [low]
-        highs += [] if high is None else [high]
-        node = node.args[0]  # type: ignore[assignment]  # a limit reads the node in front of it
+    ends = list(site.limits(TARGETS[target]))
+    lows = [low for low, _ in ends if low is not None]
+    highs = [high for _, high in ends if high is not None]
     return (max(lows) if lows else None), (min(highs) if highs else None)

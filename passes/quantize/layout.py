@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fxopt.args import arg, shape
-from fxopt.passes.quantize.placement import Site, integer_sites, limits_of, move_source
+from fxopt.passes.quantize.placement import Site, integer_sites, move_source
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weights import bias_integers, constant_of
@@ -85,15 +85,10 @@ class Layout:
     def stands_for_limits(self, site: Site, spec: QuantSpec) -> bool:
         """Return whether the integers of ``spec`` cannot leave the limits between a call and its result."""
         low, high = spec.range
-        limit = site.result
-        while limit is not site.node:
-            lowest, highest = limits_of(limit, self.target)
-            if lowest is not None and low < lowest:
-                return False
-            if highest is not None and high > highest * (1 + _COVERED):
-                return False
-            limit = limit.args[0]  # type: ignore[assignment]  # a limit reads the node in front of it
-        return True
+        return all(
+            (lowest is None or low >= lowest) and (highest is None or high <= highest * (1 + _COVERED))
+            for lowest, highest in site.limits(self.target)
+        )
 
 
 def bias_of(site: Site) -> torch.fx.Node | None:

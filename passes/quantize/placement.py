@@ -20,7 +20,17 @@ from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Kernel, Target
 
-__all__ = ["Site", "integer_sites", "kernel_of", "operands_of", "path_of", "place", "result_of"]
+__all__ = [
+    "Site",
+    "all_sites",
+    "integer_sites",
+    "kernel_of",
+    "node_names",
+    "operands_of",
+    "path_of",
+    "place",
+    "result_of",
+]
 
 aten = torch.ops.aten
 
@@ -42,6 +52,36 @@ class Site:
     operands: tuple[torch.fx.Node, ...]
     weight: torch.fx.Node | None
     result: torch.fx.Node
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the call slides its weight along axes; its channels are then those of axis 1, else of the last."""
+        return "conv" in str(self.node.target)
+
+    @property
+    def groups(self) -> int:
+        """The groups of a convolution; 1 for everything else."""
+        return int(arg(self.node, "groups")) if self.is_convolution else 1
+
+    def limits(self, target: Target) -> Iterator[tuple[float | None, float | None]]:
+        """Yield the smallest and largest result of each limit between the call and its result; None for no end."""
+        limit = self.result
+        while limit is not self.node:
+            yield limits_of(limit, target)
+            limit = limit.args[0]  # type: ignore[assignment]  # a limit reads the node in front of it
+
+
+def node_names(gm: CapturedModule) -> set[str]:
+    """Return the names that a plan can have: those of all nodes, with the path of their graph in front."""
+    prefixes = path_of(gm)
+    return {prefixes[module.graph] + node.name for module in graph_modules(gm) for node in module.graph.nodes}
+
+
+def all_sites(gm: CapturedModule, target: Target) -> Iterator[tuple[str, Site]]:
+    """Yield the sites of all graphs, each with what stands before the names of its graph's nodes."""
+    for graph, prefix in path_of(gm).items():
+        for site in integer_sites(graph, target, {}, prefix):
+            yield prefix, site
 
 
 def path_of(gm: CapturedModule) -> dict[torch.fx.Graph, str]:

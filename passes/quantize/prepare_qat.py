@@ -24,7 +24,7 @@ import torch
 from fxopt.changes import Skip
 from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
-from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass, run_passes
 from fxopt.passes.cleanup import (
     FoldConstants,
@@ -36,7 +36,7 @@ from fxopt.passes.quantize.conv_bn import as_integer_layers
 from fxopt.passes.quantize.fake_quantizers import FakeQuantizers, FirstScales
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
 from fxopt.passes.quantize.layout import Layout
-from fxopt.passes.quantize.placement import path_of, place
+from fxopt.passes.quantize.placement import node_names, path_of, place
 from fxopt.passes.quantize.preparation import BEHIND_NORMS
 from fxopt.passes.quantize.ranges import RangeMethod
 from fxopt.passes.quantize.resolve import resolve
@@ -154,8 +154,7 @@ def _refuse_one_mode(gm: CapturedModule) -> None:
 
 
 def _refuse_unknown(gm: CapturedModule, plan: QuantPlan) -> None:
-    prefixes = path_of(gm)
-    known = {prefixes[module.graph] + node.name for module in graph_modules(gm) for node in module.graph.nodes}
+    known = node_names(gm)
     unknown = [name for name in plan if name not in known]
     if unknown:
         raise PassError(

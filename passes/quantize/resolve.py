@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from fxopt.args import arg, source_line
+from fxopt.args import source_line
 from fxopt.errors import PassError, describe
-from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.graph_module import CapturedModule
 from fxopt.passes.quantize.calibrate import calibrate
-from fxopt.passes.quantize.placement import Site, integer_sites, path_of
+from fxopt.passes.quantize.layout import bias_of, input_of
+from fxopt.passes.quantize.placement import Site, all_sites, integer_sites
 from fxopt.passes.quantize.ranges import choose_range, qparams
 from fxopt.passes.quantize.saturation import avoid_saturation
 from fxopt.passes.quantize.sketch import ValueSketch
@@ -95,13 +96,10 @@ def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, *, no_s
     Raises:
         PassError: a weight holds NaN or infinity, or its spec is not symmetric.
     """
-    prefixes = path_of(gm)
-    for module in graph_modules(gm):
-        prefix = prefixes[module.graph]
-        for site in integer_sites(module.graph, target, {}, prefix):
-            name = None if site.weight is None else prefix + site.weight.name
-            if name is not None and name in plan:
-                plan = _with_weight(plan, site, name, prefix, no_saturation)
+    for prefix, site in all_sites(gm, target):
+        name = None if site.weight is None else prefix + site.weight.name
+        if name is not None and name in plan:
+            plan = _with_weight(plan, site, name, prefix, no_saturation)
     return plan
 
 
@@ -124,11 +122,10 @@ def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, no_saturat
             raise PassError(describe(f"{name}: {error}", source=source_line(site.node))) from error
         spec = dataclasses.replace(spec, scale=scale, zero_point=(0,) * len(scale))
         if no_saturation and spec.bits == 8 and spec.axis is not None:
-            groups = int(arg(site.node, "groups")) if "conv" in str(site.node.target) else 1
-            spec = dataclasses.replace(spec, scale=avoid_saturation(weight, spec.scale, spec.axis, groups=groups))
-    source = next((op for op in site.operands if op is not site.weight), None)
-    held = arg(site.node, site.kernel.bias) if site.kernel.bias is not None else None
-    inputs = None if source is None else plan.get(prefix + source.name)
+            raised = avoid_saturation(weight, spec.scale, spec.axis, groups=site.groups)
+            spec = dataclasses.replace(spec, scale=raised)
+    held = bias_of(site)
+    inputs = None if held is None else plan.get(prefix + input_of(site).name)
     if held is not None and inputs is not None and inputs.resolved and spec.axis is not None:
         spec = dataclasses.replace(spec, scale=scales_for_bias(spec.scale, constant_of(held), inputs.scale[0]))
     return plan.with_specs({name: spec})

@@ -149,7 +149,7 @@ def _last_uses(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, list[torc
 
 def channel_axis(site: Site) -> int:
     """Return the axis of a layer's result along which its bias lies."""
-    return 1 if "conv" in str(site.node.target) else -1
+    return 1 if site.is_convolution else -1
 
 
 def along_channels(site: Site, numbers: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
