@@ -31,7 +31,6 @@ from fxopt.passes.cleanup import (
     RemoveIdentities,
     SimplifyAlgebra,
 )
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.conv_bn import as_integer_layers
 from fxopt.passes.quantize.fake_quantizers import FakeQuantizers, FirstScales
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
@@ -113,7 +112,7 @@ class PrepareQat(Pass):
         folded = as_integer_layers(evaluation)
         evaluation.finish()
         rw.skips += evaluation.skips
-        plan = self._resolved(evaluation.gm, rw.gm)
+        plan = self._resolved(evaluation.gm)
         rw.skips += [Skip(node, reason, None, self.name) for node, reason in plan.notes.items()]
         if not plan:
             reason = f"{self.target} computes nothing of this graph in integers, so there is nothing to train for"
@@ -129,7 +128,7 @@ class PrepareQat(Pass):
         given = () if self.plan is None else [name for name, spec in self.plan.items() if spec.resolved]
         return FirstScales(frozenset(given), learned=self.learn_scales, no_saturation=self.no_saturation)
 
-    def _resolved(self, evaluation: CapturedModule, gm: CapturedModule) -> QuantPlan:
+    def _resolved(self, evaluation: CapturedModule) -> QuantPlan:
         target = TARGETS[self.target]
         plan = self.plan
         if plan is None:
@@ -137,9 +136,8 @@ class PrepareQat(Pass):
         else:
             _refuse_unknown(evaluation, plan)
             plan = plan.without(*self.skip) if self.skip else plan
-        return resolve(
-            evaluation, plan, calibration_of(gm), target, method=self.method, no_saturation=self.no_saturation
-        )
+        (resolved,) = resolve(evaluation, plan, target, (self.method,), no_saturation=self.no_saturation)
+        return resolved
 
 
 def _refuse_one_mode(gm: CapturedModule) -> None:

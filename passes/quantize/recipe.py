@@ -21,14 +21,13 @@ from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.adaround import AdaRound
-from fxopt.passes.quantize.calibrate import Progress, calibrate
+from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.correct_bias import corrected_run, watch_means
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq
-from fxopt.passes.quantize.resolve import resolve_activations, resolve_weights, used_channels
+from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.simulate import Simulation, float_outputs, signal_to_noise
-from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import SplitOutliers
@@ -175,21 +174,16 @@ class Search:
         return Candidate(gm, plan, {}, plain)
 
     def _resolved(self, gm: CapturedModule, plan: QuantPlan, methods: Sequence[str]) -> list[QuantPlan]:
-        names = [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
-        sketches = self._calibrated(gm, names, used_channels(gm, plan, self.target)) if names else {}
-        return [
-            resolve_weights(
-                gm, resolve_activations(plan, sketches, method), self.target, no_saturation=self.no_saturation
-            )
-            for method in methods
-        ]
-
-    def _calibrated(
-        self, gm: CapturedModule, names: Sequence[str], only: Mapping[str, torch.Tensor]
-    ) -> dict[str, ValueSketch]:
         self._calibrations += 1  # each transformed graph has a file of its own
-        place = None if self.checkpoint is None else f"{self.checkpoint}.{self._calibrations}"
-        return calibrate(gm, names, calibration_of(gm), only=only, progress=self.progress, checkpoint=place)
+        return resolve(
+            gm,
+            plan,
+            self.target,
+            methods,
+            progress=self.progress,
+            checkpoint=None if self.checkpoint is None else f"{self.checkpoint}.{self._calibrations}",
+            no_saturation=self.no_saturation,
+        )
 
     def _samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return samples to learn from and samples to measure on; the same ones if there is only one."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from fxopt.args import source_line
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.passes.quantize.calibrate import calibrate
+from fxopt.passes.quantize.calibrate import Progress, calibrate
+from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.layout import bias_of, input_of
 from fxopt.passes.quantize.placement import Site, all_sites, integer_sites
-from fxopt.passes.quantize.ranges import choose_range, qparams
+from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams
 from fxopt.passes.quantize.saturation import avoid_saturation
 from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
@@ -24,28 +23,24 @@ from fxopt.passes.quantize.weights import channel_scales, constant_of, scales_fo
 
 __all__ = ["resolve", "resolve_activations", "resolve_weights", "used_channels"]
 
-Progress = Callable[[int, int | None], None]
-
 
 def resolve(
     gm: CapturedModule,
     plan: QuantPlan,
-    data: Iterable[Any],
     target: Target,
+    methods: Sequence[RangeMethod | str],
     *,
-    method: Any = "mse",
     progress: Progress | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: str | None = None,
     no_saturation: bool = True,
-) -> QuantPlan:
-    """Return the plan with all scales; those that it has already stay.
+) -> list[QuantPlan]:
+    """Return the plan with all scales, once for each range method; those that it has already stay.
 
     Args:
-        gm: The prepared graph that the plan is for, in eval mode.
+        gm: The prepared graph that the plan is for, in eval mode, with its calibration inputs.
         plan: What to quantize.
-        data: Calibration inputs; see :func:`fxopt.calibration_data.calibration_samples`.
         target: The runtime.
-        method: How to choose a range from what was seen; see :func:`choose_range`.
+        methods: How to choose a range from what was seen; see :func:`choose_range`.
         progress: Called with the number of inputs that were run, and how many there are if that is known.
         checkpoint: Where to keep what was seen, to go on after a crash.
         no_saturation: Choose weight scales with which 16-bit sums of two products cannot overflow.
@@ -53,14 +48,18 @@ def resolve(
     Raises:
         CalibrationError: the data are empty, do not fit, or hold NaN.
     """
+    sketches: dict[str, ValueSketch] = {}
     open_nodes = [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
     if open_nodes:
-        sketches = calibrate(gm, open_nodes, data, progress=progress, checkpoint=checkpoint)
-        plan = resolve_activations(plan, sketches, method)
-    return resolve_weights(gm, plan, target, no_saturation=no_saturation)
+        only = used_channels(gm, plan, target)
+        sketches = calibrate(gm, open_nodes, calibration_of(gm), only=only, progress=progress, checkpoint=checkpoint)
+    return [
+        resolve_weights(gm, resolve_activations(plan, sketches, method), target, no_saturation=no_saturation)
+        for method in methods
+    ]
 
 
-def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], method: Any) -> QuantPlan:
+def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], method: RangeMethod | str) -> QuantPlan:
     """Return the plan with scales for the activations that were seen; those that were not are left out, with a note."""
     held: dict[str, QuantSpec] = {spec.group: spec for spec in plan.values() if spec.group and spec.resolved}
     seen: dict[str, ValueSketch] = {}
@@ -137,15 +136,17 @@ def used_channels(gm: CapturedModule, plan: QuantPlan, target: Target) -> dict[s
     Values are left out where all channels count, or where something else than linear layers reads their integers. The
     channels that do not count may saturate.
     """
-    found: dict[str, torch.Tensor] = {}
+    readers: dict[torch.fx.Node, list[Site]] = {}
     for site in integer_sites(gm.graph, target, {}):
-        value = site.operands[0]
+        for value in site.operands:
+            readers.setdefault(value, []).append(site)
+    found: dict[str, torch.Tensor] = {}
+    for value, sites in readers.items():
         spec = plan.get(value.name)
-        if spec is None or spec.resolved or spec.group or site.node.target is not torch.ops.aten.linear.default:
+        if spec is None or spec.resolved or spec.group:
             continue
-        readers = {other.node: other for other in integer_sites(gm.graph, target, {}) if value in other.operands}
-        weights = [other.weight for other in readers.values()]
-        if all(reader.target is torch.ops.aten.linear.default for reader in readers) and None not in weights:
+        weights = [site.weight for site in sites if site.node.target is torch.ops.aten.linear.default]
+        if len(weights) == len(sites) and None not in weights and value not in weights:
             used = torch.stack([constant_of(weight).any(0) for weight in weights if weight is not None]).any(0)
             if not bool(used.all()) and bool(used.any()):
                 found[value.name] = used
