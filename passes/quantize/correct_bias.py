@@ -22,14 +22,15 @@ import torch
 from fxopt.args import arg
 from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
+from fxopt.graph_module import CapturedModule
 from fxopt.passes.quantize.calibration_source import calibration_of
-from fxopt.passes.quantize.placement import Site
+from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.planned_pass import PlannedPass
-from fxopt.passes.quantize.simulate import Simulation, Watch, along_channels, channel_axis, float_outputs
-from fxopt.passes.quantize.target import TARGETS
+from fxopt.passes.quantize.simulate import Simulation, along_channels, channel_axis, run_by_node
+from fxopt.passes.quantize.target import TARGETS, Target
 from fxopt.rewriter import Rewriter
 
-__all__ = ["CorrectBias", "corrected_run", "shift_biases", "watch_means"]
+__all__ = ["CorrectBias", "channel_means", "corrections", "shift_biases"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,38 +58,40 @@ class CorrectBias(PlannedPass):
         """Run on the outer graph: the sides of a branch see other inputs each, and are left as they are."""
         samples = list(itertools.islice(calibration_samples(rw.gm, calibration_of(rw.gm)), self.batches))
         simulation = Simulation(rw.gm, self.plan, TARGETS[self.target])
-        means: dict[str, torch.Tensor] = {}
-        float_outputs(rw.gm, samples, watch_means(simulation, means))
-        shifts, _ = corrected_run(simulation, samples, means)
+        shifts = corrections(simulation, samples, channel_means(rw.gm, TARGETS[self.target], samples))
         shift_biases(rw, simulation, shifts)
 
 
-def watch_means(simulation: Simulation, means: dict[str, torch.Tensor]) -> Watch:
-    """Return what notes the mean of each channel of each layer in a run, f64[channels] by node name."""
+def channel_means(gm: CapturedModule, target: Target, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """Return the mean of each channel of each layer in the float graph, f64[channels] by node name."""
+    layers = {site.node: site for site in integer_sites(gm.graph, target, {}) if _is_layer(site)}
+    means: dict[str, torch.Tensor] = {}
 
-    def watch(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        if (site := _layer(simulation, node)) is not None:
-            means[node.name] = _channel_mean(site, values)
+    def note(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
+        if node in layers:
+            means[node.name] = _channel_mean(layers[node], values)
         return values
 
-    return watch
+    run_by_node(gm, samples, note)
+    return means
 
 
-def corrected_run(
+def corrections(
     simulation: Simulation, samples: Sequence[Sample], means: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], list[list[torch.Tensor]]]:
-    """Run a simulation, correcting each layer as it is reached; return the shifts by layer and the outputs."""
+) -> dict[str, torch.Tensor]:
+    """Return what each bias lacks, f32[channels] by node name: a layer is corrected before the next one is run."""
     shifts: dict[str, torch.Tensor] = {}
 
     def correct(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        site = _layer(simulation, node)
-        if site is None or node.name not in means:
+        site = simulation.layout.sites.get(node)
+        if site is None or not _is_layer(site):
             return values
         shift = (means[node.name] - _channel_mean(site, values)).float()
         shifts[node.name] = shift
         return [value + along_channels(site, shift, value) for value in values]
 
-    return shifts, simulation.run(samples, correct)
+    simulation.run(samples, correct)
+    return shifts
 
 
 def shift_biases(rw: Rewriter, simulation: Simulation, shifts: Mapping[str, torch.Tensor]) -> None:
@@ -98,9 +101,8 @@ def shift_biases(rw: Rewriter, simulation: Simulation, shifts: Mapping[str, torc
             _shift_bias(rw, site, shifts[site.node.name])
 
 
-def _layer(simulation: Simulation, node: torch.fx.Node) -> Site | None:
-    site = simulation.layout.sites.get(node)
-    return site if site is not None and site.kernel.heavy and site.weight is not None else None
+def _is_layer(site: Site) -> bool:
+    return site.kernel.heavy and site.weight is not None
 
 
 def _channel_mean(site: Site, values: list[torch.Tensor]) -> torch.Tensor:

@@ -84,11 +84,12 @@ class Walk:
         call: Any = run_branches_eagerly(node.target) if node.target in (COND, WHILE_LOOP) else node.target
         found = []
         for item in range(len(self.items) if any(len(self._values[n]) > 1 for n in node.all_input_nodes) else 1):
-            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n, i=item: self._value(n, i))  # type: ignore[misc]  # mypy infers no default of a lambda
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n, i=item: self._read(node, n, i))  # type: ignore[misc]  # mypy infers no default of a lambda
             found.append(call(*args, **kwargs))
         return found
 
-    def _value(self, node: torch.fx.Node, item: int) -> Any:
+    def _read(self, reader: torch.fx.Node, node: torch.fx.Node, item: int) -> Any:
+        """Return what ``reader`` reads of ``node``."""
         found = self._values[node]
         return found[item if len(found) > 1 else 0]
 

@@ -23,11 +23,11 @@ from fxopt.pass_base import Pass
 from fxopt.passes.quantize.adaround import AdaRound
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.calibration_source import calibration_of
-from fxopt.passes.quantize.correct_bias import corrected_run, watch_means
+from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq
 from fxopt.passes.quantize.resolve import resolve
-from fxopt.passes.quantize.simulate import Simulation, float_outputs, signal_to_noise
+from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import SplitOutliers
@@ -97,7 +97,7 @@ class Search:
             recipe: ``"auto"`` or ``"accurate"``.
         """
         learn, measure = self._samples()
-        want = float_outputs(self.gm, measure)
+        want = run_by_node(self.gm, measure)
         best = self._tried(self.gm, make_plan(self.gm), methods, learn, measure, want, "")
         for item in self._transformations(recipe):
             changed = item(best.gm)
@@ -127,7 +127,8 @@ class Search:
             changed = item(start.gm)
             if changed.modified:
                 changed.gm.recompile()
-                tried = self._corrected(changed.gm, start.plan, learn, measure, want, f"{item.name}, ")
+                means = channel_means(changed.gm, self.target, learn)
+                tried = self._corrected(changed.gm, start.plan, means, learn, measure, want, f"{item.name}, ")
                 best = self._better(best, tried, item.name)
         return best
 
@@ -146,8 +147,9 @@ class Search:
         want: list[list[torch.Tensor]],
         label: str,
     ) -> Candidate:
+        means = channel_means(gm, self.target, learn)
         candidates = [
-            self._corrected(gm, resolved, learn, measure, want, f"{label}{method}")
+            self._corrected(gm, resolved, means, learn, measure, want, f"{label}{method}")
             for method, resolved in zip(methods, self._resolved(gm, plan, methods), strict=True)
         ]
         return max(candidates, key=lambda candidate: candidate.sqnr_db)
@@ -156,6 +158,7 @@ class Search:
         self,
         gm: CapturedModule,
         plan: QuantPlan,
+        means: Mapping[str, torch.Tensor],
         learn: list[Sample],
         measure: list[Sample],
         want: list[list[torch.Tensor]],
@@ -164,9 +167,7 @@ class Search:
         """Measure a plan without and with bias correction, and return the better of both."""
         simulation = Simulation(gm, plan, self.target)
         plain = signal_to_noise(want, simulation.run(measure))
-        means: dict[str, torch.Tensor] = {}
-        float_outputs(gm, learn, watch_means(simulation, means))
-        shifts, _ = corrected_run(simulation, learn, means)
+        shifts = corrections(simulation, learn, means)
         corrected = signal_to_noise(want, simulation.run_shifted(measure, shifts))
         self.ledger.append(f"{label}: {plain:.1f} dB, with correct-bias {corrected:.1f} dB")
         if corrected > plain + _GAIN:

@@ -7,7 +7,7 @@ floats: their 32 bits lose nothing. So a plan can be tried, corrected and tried 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,17 @@ import torch
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
+from fxopt.passes.quantize.graph_walk import Walk
 from fxopt.passes.quantize.layout import Layout
 from fxopt.passes.quantize.placement import Site
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weights import constant_of, parameters_of, weight_integers
 from fxopt.quantized_ops import DEQUANTIZE
+from fxopt.regions import results_of
 
 __all__ = [
-    "Simulation", "Watch", "along_channels", "channel_axis", "float_outputs", "run_by_node", "signal_to_noise",
+    "Simulation", "Watch", "along_channels", "channel_axis", "run_by_node", "signal_to_noise",
 ]  # fmt: skip
 
 Watch = Callable[[torch.fx.Node, list[torch.Tensor]], list[torch.Tensor]]
@@ -34,13 +36,14 @@ class Simulation:
 
     Attributes:
         layout: Which calls are integer kernels.
+        readers: Who reads the integers of a value or weight.
     """
 
     def __init__(self, gm: CapturedModule, plan: QuantPlan, target: Target) -> None:
         self.gm = gm
         self.layout = Layout(gm.graph, plan, target, "")
         self._weights: dict[torch.fx.Node, torch.Tensor] = {}
-        self._readers: dict[torch.fx.Node, set[torch.fx.Node]] = {}
+        self.readers: dict[torch.fx.Node, set[torch.fx.Node]] = {}
         for node, spec in self.layout.specs.items():
             if spec.role == "weight":
                 scale, zero_point = parameters_of(spec)
@@ -49,11 +52,11 @@ class Simulation:
                 readers = {site.node for site in self.layout.sites.values() if site.weight is node}
             else:
                 readers = set(self.layout.readers(node))
-            self._readers[node] = readers
+            self.readers[node] = readers
 
     def run(self, samples: Sequence[Sample], watch: Watch | None = None) -> list[list[torch.Tensor]]:
         """Return the float outputs for each sample; see :func:`run_by_node`."""
-        return run_by_node(self.gm, samples, watch, self._quantized)
+        return run_by_node(self.gm, samples, watch, self)
 
     def run_shifted(self, samples: Sequence[Sample], shifts: Mapping[str, torch.Tensor]) -> list[list[torch.Tensor]]:
         """Return the outputs with something added to the bias of layers, f32[channels] by node name."""
@@ -66,41 +69,58 @@ class Simulation:
 
         return self.run(samples, shifted)
 
-    def _quantized(self, node: torch.fx.Node, value: Any) -> tuple[set[torch.fx.Node], Any] | None:
-        """Return who reads the integers of a value, and what they read."""
-        readers = self._readers.get(node)
-        if not readers:
-            return None
+    def quantized(self, node: torch.fx.Node, value: Any) -> Any:
+        """Return what the readers of the integers of a value read."""
         if node in self._weights:
-            return readers, self._weights[node]
+            return self._weights[node]
         spec = self.layout.specs[node]
         # One kernel in place of six; it multiplies by 1 / scale, and so may round a tie the other way.
-        return readers, torch.fake_quantize_per_tensor_affine(value, spec.scale[0], spec.zero_point[0], *spec.limits)
+        return torch.fake_quantize_per_tensor_affine(value, spec.scale[0], spec.zero_point[0], *spec.limits)
 
 
-Quantized = Callable[[torch.fx.Node, Any], "tuple[set[torch.fx.Node], Any] | None"]
+class _Run(Walk):
+    """A walk through the whole graph in which calls may read another value than a node yields."""
 
+    def __init__(
+        self, gm: CapturedModule, samples: Sequence[Sample], watch: Watch | None, simulation: Simulation | None
+    ) -> None:
+        super().__init__(gm, [gm.flatten_inputs(*sample.args, **dict(sample.kwargs)) for sample in samples], [])
+        self._watch, self._simulation = watch, simulation
+        self._integers: dict[torch.fx.Node, list[Any]] = {}
 
-class _Run(torch.fx.Interpreter):
-    """An interpreter whose calls may read another value than the node yields."""
+    def outputs(self) -> list[list[torch.Tensor]]:
+        """Return the float outputs of each sample."""
+        if self._pending:
+            self.advance(self._pending[0], past=True)
+        output = self.gm.graph.output_node()
+        nodes = [leaf for leaf in results_of(self.gm) if isinstance(leaf, torch.fx.Node)]
+        found = [[self._read(output, node, item) for node in nodes] for item in range(len(self.items))]
+        return [
+            [value for value in one if isinstance(value, torch.Tensor) and value.is_floating_point()] for one in found
+        ]
 
-    def __init__(self, gm: CapturedModule, sample: Sample) -> None:
-        super().__init__(gm, garbage_collect_values=False)
-        self.env: dict[torch.fx.Node, Any] = {}
-        self.integers: dict[torch.fx.Node, tuple[set[torch.fx.Node], Any]] = {}
-        self.args_iter = iter(gm.flatten_inputs(*sample.args, **dict(sample.kwargs)))
-
-    def fetch_args_kwargs_from_env(self, n: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def read(source: torch.fx.Node) -> Any:
-            held = self.integers.get(source)
-            return held[1] if held is not None and n in held[0] else self.env[source]
-
-        found: tuple[tuple[Any, ...], dict[str, Any]] = torch.fx.map_arg((n.args, n.kwargs), read)
+    def _run(self, node: torch.fx.Node) -> list[Any]:
+        found = super()._run(node)
+        if self._watch is not None and all(isinstance(value, torch.Tensor) for value in found):
+            found = self._watch(node, found)
+        if self._simulation is not None and self._simulation.readers.get(node):
+            self._integers[node] = [self._simulation.quantized(node, value) for value in found]
         return found
+
+    def _read(self, reader: torch.fx.Node, node: torch.fx.Node, item: int) -> Any:
+        if self._simulation is not None and reader in self._simulation.readers.get(node, ()):
+            found = self._integers[node]
+            return found[item if len(found) > 1 else 0]
+        return super()._read(reader, node, item)
+
+    def _drop(self, node: torch.fx.Node) -> None:
+        super()._drop(node)
+        if node not in self._values:
+            self._integers.pop(node, None)
 
 
 def run_by_node(
-    gm: CapturedModule, samples: Sequence[Sample], watch: Watch | None = None, quantized: Quantized | None = None
+    gm: CapturedModule, samples: Sequence[Sample], watch: Watch | None = None, simulation: Simulation | None = None
 ) -> list[list[torch.Tensor]]:
     """Run every sample through a node before any goes on to the next, and return the float outputs of each sample.
 
@@ -108,43 +128,10 @@ def run_by_node(
         gm: A graph in evaluation.
         samples: All of them are held in memory at once.
         watch: Gets each node that yields tensors with the tensors of all samples, and returns them or others.
-        quantized: Says for a node which readers read something else, and what.
+        simulation: Says which readers read integers, and what they read.
     """
     with isolated(gm):
-        runs = [_Run(gm, sample) for sample in samples]
-        for node, dead in _last_uses(gm.graph):
-            if node.op == "output":
-                return [[leaf for leaf in _outputs(run, node) if _is_float(leaf)] for run in runs]
-            values = [run.run_node(node) for run in runs]
-            if watch is not None and values and all(isinstance(value, torch.Tensor) for value in values):
-                values = watch(node, values)
-            for run, value in zip(runs, values, strict=True):
-                run.env[node] = value
-                if quantized is not None and (found := quantized(node, value)) is not None:
-                    run.integers[node] = found
-                for other in dead:
-                    run.env.pop(other, None)
-                    run.integers.pop(other, None)
-    return []
-
-
-def _outputs(run: _Run, node: torch.fx.Node) -> list[Any]:
-    args, _ = run.fetch_args_kwargs_from_env(node)
-    return list(args[0]) if isinstance(args[0], tuple | list) else [args[0]]
-
-
-def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
-def _last_uses(graph: torch.fx.Graph) -> Iterator[tuple[torch.fx.Node, list[torch.fx.Node]]]:
-    """Yield each node with the nodes that nobody reads after it."""
-    last = {source: node for node in graph.nodes for source in node.all_input_nodes}
-    dead: dict[torch.fx.Node, list[torch.fx.Node]] = {}
-    for source, node in last.items():
-        dead.setdefault(node, []).append(source)
-    for node in graph.nodes:
-        yield node, dead.get(node, [])
+        return _Run(gm, samples, watch, simulation).outputs()
 
 
 def channel_axis(site: Site) -> int:
@@ -157,13 +144,6 @@ def along_channels(site: Site, numbers: torch.Tensor, value: torch.Tensor) -> to
     shape = [1] * value.ndim
     shape[channel_axis(site)] = -1
     return numbers.reshape(shape)
-
-
-def float_outputs(
-    gm: CapturedModule, samples: Sequence[Sample], watch: Watch | None = None
-) -> list[list[torch.Tensor]]:
-    """Return the float outputs of the graph as it is; see :func:`run_by_node`."""
-    return run_by_node(gm, samples, watch)
 
 
 def signal_to_noise(want: Sequence[Sequence[torch.Tensor]], got: Sequence[Sequence[torch.Tensor]]) -> float:

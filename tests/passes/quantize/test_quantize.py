@@ -11,7 +11,7 @@ from fxopt.numerics import measure
 from fxopt.passes import CorrectBias, EqualizeChannels, InsertQdq, Quantize, QuantPlan
 from fxopt.passes.quantize.quantize import PREPARATION
 from fxopt.passes.quantize.recipe import merged_rows
-from fxopt.passes.quantize.simulate import Simulation, float_outputs, signal_to_noise
+from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.target import ORT_CPU
 from tests.passes.quantize.nets import Encoder, Gate, Residual, awake
 
@@ -173,7 +173,7 @@ def test_a_simulation_is_the_integer_graph():
     sample = fxopt.Sample((IMAGES,))
     ((have,),) = Simulation(gm, plan, ORT_CPU).run([sample])
     torch.testing.assert_close(have, quantized(IMAGES), rtol=0, atol=1e-3)
-    assert signal_to_noise(float_outputs(gm, [sample]), [[have]]) > 20
+    assert signal_to_noise(run_by_node(gm, [sample]), [[have]]) > 20
 
 
 def test_correct_bias_restores_the_means_of_channels():
