@@ -134,8 +134,12 @@ def _gather_nbits(
     block_size: int,
     features_in: int,
 ) -> torch.Tensor:
-    offsets = None if zero_points is None else zero_points[index]
-    return dequantize_blocks(packed[index], scales[index], offsets, bits, block_size, features_in)
+    # Not by indexing with a tensor, which would count negative numbers from the end where an embedding raises.
+    places = index.flatten()
+    offsets = None if zero_points is None else zero_points.index_select(0, places)
+    chosen, factors = packed.index_select(0, places), scales.index_select(0, places)
+    rows = dequantize_blocks(chosen, factors, offsets, bits, block_size, features_in)
+    return rows.reshape(*index.shape, features_in)
 
 
 def _lookup_nbits(packed: torch.Tensor, table: torch.Tensor, bits: int, shape: Sequence[int]) -> torch.Tensor:

@@ -94,8 +94,8 @@ class BinarizeWeights(Pass):
             elif self.train:
                 _insert_rounding(rw, weight, self.kind)
             else:
-                packed = _packed(rw, weight.reads[0], weight.tensor, self.kind)
-                replace_weight(rw, weight, packed, why=f"{weight.reads[0].target} is {self.kind}")
+                packed = _packed(rw, weight.first_reader, weight.tensor, self.kind, weight.path)
+                replace_weight(rw, weight, packed, why=f"{weight.path} is {self.kind}")
 
 
 def binary_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,9 +135,9 @@ def _ends(rw: Rewriter) -> frozenset[Node]:
 
 def _insert_rounding(rw: Rewriter, weight: LayerWeight, kind: Kind) -> None:
     first, *others = weight.reads
-    why = f"{first.target} is trained as {kind}"
+    why = f"{weight.path} is trained as {kind}"
     readers = list(first.users)
-    rounded = rw.insert_call(_STE[kind], (first,), before=first.next, why=why, sources=[weight.layer])
+    rounded = rw.insert_call(_STE[kind], (first,), before=weight.first_reader, why=why, sources=[weight.layer])
     for reader in readers:
         rw.replace_argument(reader, first, rounded, why=why)
     for other in others:
@@ -151,13 +151,12 @@ def _pack_trained(rw: Rewriter) -> None:
             rw.skip(call, "its weight is computed when the graph runs")
             continue
         kind: Kind = "binary" if call.target is BINARIZE_STE else "ternary"
-        packed = _packed(rw, call, rw.tensor(weight), kind, path=str(weight.target))
+        packed = _packed(rw, call, rw.tensor(weight), kind, str(weight.target))
         rw.replace_value(call, packed, why=f"{weight.target} is {kind}")
 
 
-def _packed(rw: Rewriter, before: Node, tensor: torch.Tensor, kind: Kind, path: str = "") -> Node:
+def _packed(rw: Rewriter, before: Node, tensor: torch.Tensor, kind: Kind, path: str) -> Node:
     """Insert what computes the weight from its codes, and return it."""
-    path = path or str(before.target)
     codes, alpha = binary_weight(tensor) if kind == "binary" else ternary_weight(tensor)
     bits, shape = _BITS[kind], list(tensor.shape)
     held = rw.constant(f"{path}_codes", pack_bits(codes, bits), near=before)

@@ -110,8 +110,8 @@ class CodebookWeights(Pass):
 def _replace(
     rw: Rewriter, weight: LayerWeight, packed: torch.Tensor, tables: torch.Tensor, options: CodebookWeights
 ) -> None:
-    first = weight.reads[0]
-    path, trainable = str(first.target), weight.tensor.requires_grad and options.table == "kmeans"
+    first, path = weight.first_reader, weight.path
+    trainable = weight.tensor.requires_grad and options.table == "kmeans"
     places = rw.constant(f"{path}_places", packed, near=first)
     table = rw.constant(f"{path}_table", tables, near=first, trainable=trainable)
     shape = list(weight.tensor.shape)

@@ -43,6 +43,16 @@ class LayerWeight:
     reads: tuple[Node, ...]
     tensor: torch.Tensor
 
+    @property
+    def path(self) -> str:
+        """The first of its names."""
+        return str(self.reads[0].target)
+
+    @property
+    def first_reader(self) -> Node:
+        """The first node of the graph that reads it."""
+        return min(user for read in self.reads for user in read.users)
+
 
 class StoredWeights:
     """The constants of a graph and of the graphs inside it, by who reads them; found once, before any change."""
@@ -131,6 +141,6 @@ def tensor_bytes(*tensors: torch.Tensor | None) -> int:
 
 
 def replace_weight(rw: Rewriter, weight: LayerWeight, new: Node, *, why: str) -> None:
-    """Let all that read a weight, under whichever of its names, read ``new``, which stands before all of them."""
+    """Let all that read a weight, under whichever of its names, read ``new``, which stands before the first of them."""
     for read in weight.reads:
         rw.replace_value(read, new, why=why)

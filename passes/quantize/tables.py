@@ -104,10 +104,13 @@ def _best_bounds(costs: Numbers, entries: int) -> npt.NDArray[np.int64]:
     entries = min(entries, cells)
     best = costs[0]  # of cells 0..j in one interval
     begins = np.zeros((entries, cells), dtype=np.int64)
+    last = np.ascontiguousarray(costs[1:, 1:].T)  # [j, i]: cells i + 1 to j; the least of a row is found fast
+    total, rows = np.empty_like(last), np.arange(cells - 1)
     for interval in range(1, entries):
-        total = best[:-1, None] + costs[1:]  # the last interval begins at cell i + 1
-        begins[interval, 1:] = total.argmin(0)[1:] + 1
-        best = np.append(np.inf, total.min(0)[1:])
+        np.add(last, best[:-1], out=total)
+        begin = total.argmin(1)
+        begins[interval, 1:] = begin + 1
+        best = np.append(np.inf, total[rows, begin])
     bounds = [cells]
     for interval in range(entries - 1, -1, -1):
         bounds.append(int(begins[interval, bounds[-1] - 1]))

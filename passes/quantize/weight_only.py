@@ -7,7 +7,10 @@ Every ``block_size`` numbers of a row of ``w`` share a scale, and a zero point u
 several calls read is quantized once, if all of them can read it in blocks. ONNX Runtime 1.32 on a CPU has the kernels
 for 2, 4 and 8 bits (com.microsoft's MatMulNBits and GatherBlockQuantized); they expand blocks while they multiply, so
 that memory and file stay small. A product of floats stays one: ``accuracy_level=4`` lets ORT round the activations to
-8 bits instead, which is faster, and which the graph does not imitate.
+8 bits instead, which the graph does not imitate.
+
+Which is faster depends on the kernels. One sentence through MiniLM-L6 took 6.7 ms with float weights on two cores of an
+x86-64 server; in f32 7.0 with 4 bits, 29 with 8 and 37 with 2; with ``accuracy_level=4`` 4.4, 5.8 and 5.6.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ _INPUT: dict[Any, str] = {
     aten.addmm.default: "mat1",
 }
 _ROWS_ARE_OUTPUTS = (aten.linear.default, aten.embedding.default)
-_FLOORS = {2: 0.0, 4: 8.0, 8: 30.0}  # dB
+_FLOORS = {2: 0.0, 4: 8.0, 8: 25.0}  # dB; int8 activations alone leave some 30
 _ACCURACY_LEVELS = (0, 1, 4)  # what the CPU kernels know: f32 without and with asking for it, and int8
 
 
@@ -70,7 +73,7 @@ class QuantizeWeights(Pass):
         min_elements: Smaller weights stay as they are.
         accuracy_level: In which type ORT multiplies: 0 leaves it to ORT, which takes f32; 1 f32; 4 int8 activations.
         min_sqnr_db: Signal to noise that every output must keep on the example inputs, in dB; if not given, 0 for 2
-            bits, 8 for 4, 30 for 8.
+            bits, 8 for 4, 25 for 8.
     """
 
     name: ClassVar[str] = "quantize-weights"
@@ -110,7 +113,8 @@ class QuantizeWeights(Pass):
             use = _use_of(call)
             if use is None:
                 if call.target is aten.linear.default:
-                    rw.skip(call, "its weight is computed when the graph runs")
+                    inside = tensor_arg(call, "weight").op == "placeholder"
+                    rw.skip(call, f"its weight is {'handed in' if inside else 'computed'} when the graph runs")
                 continue
             reason = stored.refusal(use)
             if reason is not None:
