@@ -9,7 +9,7 @@ The graph that results is for evaluation. Its weights are integers; to train it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -19,6 +19,7 @@ from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass, run_passes
+from fxopt.passes.quantize.budget import DEFAULT_WIDTHS, Budget, WidthSearch
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import shift_biases
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
@@ -50,6 +51,12 @@ class Quantize(Pass):
         skip: Patterns of what stays float: names of calls, parameters or modules, ``"features.0.*"``.
         min_sqnr_db: Signal to quantization noise that every output must keep on the example inputs, in dB.
         no_saturation: Choose weight scales with which the 16-bit sums of CPUs without VNNI cannot overflow.
+        metric: Takes what is called as the model is, and returns how good it is, higher for better. With it, layers get
+            the cheapest widths with which it falls by at most ``max_drop``; see :mod:`fxopt.passes.quantize.budget`.
+        max_drop: By how much the metric may fall below that of the float model.
+        widths: What a layer may get: bits of 2 to 8 for its weight (activations then have 8), 16 for its activations,
+            ``"float"``; 8 and ``"float"`` if empty.
+        costs: Measured times by name of a layer in the prepared graph and by width; multiply-accumulates if None.
         checkpoint: A file that calibration keeps what it saw in, to go on there after a crash; removed in the end.
 
     Where processes of ``torch.distributed`` run, each calls the pass with its share of the calibration inputs, and all
@@ -71,6 +78,10 @@ class Quantize(Pass):
     min_sqnr_db: float = 10.0
     no_saturation: bool = True
     checkpoint: str | None = None
+    metric: Callable[[Callable[..., Any]], float] | None = dataclasses.field(default=None, repr=False)
+    max_drop: float = 0.0
+    widths: tuple[int | str, ...] = ()
+    costs: Mapping[str, Mapping[int | str, float]] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -87,6 +98,11 @@ class Quantize(Pass):
             raise ValueError(f"recipe is {self.recipe!r}; wanted one of {', '.join(get_args(Recipe))}")
         if self.method != "auto":
             RangeMethod.of(self.method)
+        if self.metric is None and (self.max_drop or self.widths or self.costs is not None):
+            raise ValueError("max_drop, widths and costs are for a metric, and none is given")
+        if self.metric is not None and (self.plan is not None or self.bits != 8 or self.weight_bits not in (None, 8)):
+            raise ValueError("a metric chooses the widths: leave out plan, bits and weight_bits, and use widths")
+        self._budget()
 
     @property
     def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
@@ -141,7 +157,36 @@ class Quantize(Pass):
             )
         run_passes(rw, PREPARATION)
 
+    def _budget(self) -> Budget | None:
+        if self.metric is None:
+            return None
+        return Budget(self.metric, self.max_drop, self.widths or DEFAULT_WIDTHS, self.costs)
+
     def _search(self, gm: CapturedModule, progress: Progress | None, notes: list[str]) -> Candidate:
+        found, budget = self._uniform(gm, progress, notes), self._budget()
+        if budget is None:
+            return found
+        if _several_processes():
+            raise PassError(
+                describe(
+                    "several processes quantize under an accuracy budget, and each would choose by its own metric",
+                    try_="make_plan in one process, and Quantize(plan=plan) in all",
+                )
+            )
+        widths = WidthSearch(
+            found,
+            TARGETS[self.target],
+            budget,
+            skip=self.skip,
+            method="minmax" if self.method == "auto" else self.method,
+            no_saturation=self.no_saturation,
+        )
+        try:
+            return widths.run(gm)
+        finally:
+            notes += widths.ledger
+
+    def _uniform(self, gm: CapturedModule, progress: Progress | None, notes: list[str]) -> Candidate:
         target = TARGETS[self.target]
         search = Search(gm, target, no_saturation=self.no_saturation, progress=progress, checkpoint=self.checkpoint)
         methods = METHODS_TRIED if self.method == "auto" else (self.method,)
