@@ -13,10 +13,12 @@ BENCHMARKS = {
     "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
+    "low_bit_digits": "weights of 1 to 4 bits on real digits: tables, signs, ternary, before and after training",
     "qat_digits": "few bits on real digits: quantized after training, and trained with quantizers",
     "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
     "quantization": "int8 beside the peers: score, error, latency, integer kernels, time and memory",
+    "weight_only_minilm": "a sentence net with weights of 8 to 2 bits: size, error, ranking, time",
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
 }
 
@@ -31,18 +33,21 @@ def main(arguments: list[str] | None = None) -> None:
     only.add_argument("--models", type=_names, default=(), metavar="a,b", help="these models; else those of real data")
     only.add_argument("--tools", type=_names, default=(), metavar="x,y", help="these tools; all if not given")
     only.add_argument("--random", action="store_true", help="architectures with random weights: latency and coverage")
+    only.add_argument("--threads", type=int, default=0, help="of an ORT session for latency; ORT's own choice if 0")
     chosen = parser.parse_args(arguments)
     unknown = [name for name in chosen.names if name not in BENCHMARKS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there is {', '.join(BENCHMARKS)}")
-    extra = {"quantization": {"models": chosen.models, "tools": chosen.tools, "random": chosen.random}}
-    if any(extra["quantization"].values()) and chosen.names != ["quantization"]:
-        parser.error("--models, --tools and --random go with the one name quantization")
+    options = {name: getattr(chosen, name) for name in ("models", "tools", "random", "threads")}
+    if any(options.values()) and chosen.names != ["quantization"]:
+        parser.error("--models, --tools, --random and --threads go with the one name quantization")
     console = Console()
     for name in chosen.names or BENCHMARKS:
         console.print(f"{name}: {BENCHMARKS[name]}", highlight=False)
         if not chosen.list:
-            importlib.import_module(f"tests.bench.{name}").main(console, quick=chosen.quick, **extra.get(name, {}))
+            importlib.import_module(f"tests.bench.{name}").main(
+                console, quick=chosen.quick, **(options if name == "quantization" else {})
+            )
 
 
 def _names(text: str) -> tuple[str, ...]:

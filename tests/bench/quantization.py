@@ -1,6 +1,7 @@
 """int8 quantization beside the peers: score, error, latency, integer kernels, time and memory of each tool and net.
 
-    python -m tests.bench quantization [--models mnist_cnn,minilm_l6] [--tools fp32,ort_static,fxopt] [--random]
+    python -m tests.bench quantization [--models mnist_cnn,minilm_l6] [--tools fp32,ort_static,fxopt]
+        [--random] [--threads 1]
 
 The peers need packages of their own: ``pip install 'fxopt[bench]'``; a column whose package is missing says so. Rows
 are trained nets on real data (``quantization_subjects.py``), with ``--random`` known architectures with random weights
@@ -13,8 +14,9 @@ at 224 px, which tell latency and coverage only. Columns are tools (``quantizati
 
 The cell of f32 has milliseconds in place of SQNR and ratio. A tool that fails with a free batch is tried with a fixed
 batch of one row; such a cell says "fixed batch". Each cell is a process of its own, one at a time. Both files run in
-turn there, one sample at a time, with ORT's own number of threads; ratios are medians over neighbours. On x86 without
-VNNI ORT adds pairs of products in int16, which saturates: scores depend on the processor, also with the same file.
+turn there, one sample at a time, with ORT's own number of threads; ratios are medians over neighbours. On a busy
+machine threads wait for each other and ratios mean little: take ``--threads 1``. On x86 without VNNI ORT adds pairs of
+products in int16, which saturates: scores depend on the processor, also with the same file.
 """
 
 from __future__ import annotations
@@ -40,9 +42,18 @@ TRANSFORMERS = ("minilm_l6", "vit_b_16", "bert")
 LONGEST = 1200.0  # seconds a cell may take
 
 
-def cell(model: str, tool: str, folder: Path, *options: str) -> dict[str, Any]:
+def cell(model: str, tool: str, folder: Path, threads: int, *options: str) -> dict[str, Any]:
     """Measure one cell in a process of its own; return its fields, or "error" and "reason"."""
-    command = [sys.executable, "-m", "tests.bench.quantization_cell", model, tool, os.fspath(folder), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.bench.quantization_cell",
+        model,
+        tool,
+        os.fspath(folder),
+        str(threads),
+        *options,
+    ]
     written = folder / f"{tool}.json"
     written.unlink(missing_ok=True)
     try:
@@ -69,9 +80,9 @@ def text(tool: str, found: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def row(model: str, tools: Sequence[str], folder: Path, failures: list[str]) -> list[str]:
+def row(model: str, tools: Sequence[str], folder: Path, failures: list[str], threads: int = 0) -> list[str]:
     """Measure one net with all tools; return the cells, and add to ``failures`` what failed and why."""
-    cells, plain = [], cell(model, "fp32", folder)
+    cells, plain = [], cell(model, "fp32", folder, threads)
     for tool in tools:
         chosen = TOOLS[tool]
         if any(importlib.util.find_spec(package) is None for package in chosen.needs):
@@ -80,10 +91,10 @@ def row(model: str, tools: Sequence[str], folder: Path, failures: list[str]) -> 
         if chosen.transformers_only and model not in TRANSFORMERS:
             cells.append("")
             continue
-        found, free = plain if tool == "fp32" or "error" in plain else cell(model, tool, folder), ""
+        found, free = plain if tool == "fp32" or "error" in plain else cell(model, tool, folder, threads), ""
         if "error" in found:
             failures.append(f"{model}, {chosen.title}: {found['error']}: {found['reason']}")
-            if found is not plain and "error" not in (again := cell(model, tool, folder, "fixed")):
+            if found is not plain and "error" not in (again := cell(model, tool, folder, threads, "fixed")):
                 found, free = again, " · fixed batch"
         cells.append(f"fails: {found['error']}" if "error" in found else text(tool, found) + free)
     return cells
@@ -96,6 +107,7 @@ def main(
     models: Sequence[str] = (),
     tools: Sequence[str] = (),
     random: bool = False,
+    threads: int = 0,
 ) -> None:
     """Print the table row by row, as Markdown, and below it what failed and why.
 
@@ -105,6 +117,7 @@ def main(
         models: Names of ``TRAINED`` or ``RANDOM_NAMES``; all of the former if none.
         tools: Names of ``TOOLS``; all if none.
         random: Take the nets with random weights if no model is named.
+        threads: Of each ORT session for latency; ORT's own choice if 0.
 
     Raises:
         ValueError: a model or a tool is not known.
@@ -120,6 +133,6 @@ def main(
     write_row(console, ("---",) * (len(columns) + 1))
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
-            write_row(console, (name, *row(name, columns, Path(folder), failures)))
+            write_row(console, (name, *row(name, columns, Path(folder), failures, threads)))
     for line in failures:
         console.print(f"- {line}", soft_wrap=True, markup=False, highlight=False)

@@ -1,9 +1,10 @@
 """One net quantized by one tool, measured in a process of its own: ``tests/bench/quantization.py`` starts it.
 
-    python -m tests.bench.quantization_cell MODEL TOOL FOLDER [fixed]
+    python -m tests.bench.quantization_cell MODEL TOOL FOLDER THREADS [fixed]
 
 writes ``FOLDER/TOOL.onnx`` and ``FOLDER/TOOL.json``; ``FOLDER/fp32.onnx`` must be there for all tools but "fp32".
-With "fixed" the tool sees no free size, and a batch of one row.
+THREADS are those of an ORT session whose latency is measured, 0 for ORT's own choice. With "fixed" the tool sees no
+free size, and a batch of one row.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class StepError(Exception):
     """A step failed; the cause says how."""
 
 
-def measure(model: str, tool: str, folder: Path, *, fixed: bool = False) -> Cell:
+def measure(model: str, tool: str, folder: Path, *, threads: int = 0, fixed: bool = False) -> Cell:
     """Quantize and measure."""
     chosen, path = TOOLS[tool], folder / f"{tool}.onnx"
     for package in chosen.needs:
@@ -83,7 +84,7 @@ def measure(model: str, tool: str, folder: Path, *, fixed: bool = False) -> Cell
     peak = _peak_mib()
     try:
         files = (path, folder / "fp32.onnx")
-        ms, speed = latency(files, net)
+        ms, speed = latency(files, net, threads)
         mine, plain = (Session(file) for file in files)
         integer, kernels = integer_kernels(path, net)
         score = sqnr = None
@@ -128,13 +129,14 @@ def integer_kernels(path: Path, net: Subject) -> tuple[int, int]:
     return sum(integer), sum(every)
 
 
-def latency(files: Sequence[Path], net: Subject) -> tuple[float, float]:
+def latency(files: Sequence[Path], net: Subject, threads: int) -> tuple[float, float]:
     """Run two files in turn on one sample; return the median milliseconds of the first, and of second over first."""
     import onnxruntime
 
     inputs = [tensor.numpy() for tensor in rows(net.held_out, 0, 1)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    options.intra_op_num_threads = threads
     # By default the threads of a session wait busily for its next run, on the cores that the other session needs now.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     sessions = []
@@ -183,7 +185,7 @@ def _first_line(error: BaseException) -> str:
     return " ".join(lines)[:240].replace("|", "/") if lines else "no message"
 
 
-def main(model: str, tool: str, folder: str, *fixed: str) -> None:
+def main(model: str, tool: str, folder: str, threads: str, *fixed: str) -> None:
     """Measure one cell, and write it or its error as JSON."""
     os.environ["NNCF_CI"] = "1"  # its statistics of use stay at home
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -191,7 +193,7 @@ def main(model: str, tool: str, folder: str, *fixed: str) -> None:
     torch.manual_seed(0)
     found: dict[str, Any]
     try:
-        found = dataclasses.asdict(measure(model, tool, Path(folder), fixed=bool(fixed)))
+        found = dataclasses.asdict(measure(model, tool, Path(folder), threads=int(threads), fixed=bool(fixed)))
     except Exception as error:
         traceback.print_exc()
         kind, text = reason(error)

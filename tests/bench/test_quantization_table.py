@@ -26,7 +26,7 @@ ERROR = {"error": "KeyError", "reason": "no such node"}
 
 def table(monkeypatch: pytest.MonkeyPatch, answers: dict, tools: tuple[str, ...], model: str = "mnist_cnn") -> str:
     """Return the printed table, with ``answers`` by (tool, options) in place of measurements."""
-    monkeypatch.setattr(quantization, "cell", lambda model, tool, folder, *options: answers[tool, *options])
+    monkeypatch.setattr(quantization, "cell", lambda model, tool, folder, threads, *options: answers[tool, *options])
     out = io.StringIO()
     quantization.main(Console(file=out), models=(model,), tools=tools)
     return out.getvalue()
@@ -77,7 +77,7 @@ def test_unknown_names_are_refused():
 
 def test_a_process_that_dies_is_a_failure_with_its_last_words(monkeypatch, tmp_path):
     monkeypatch.setattr(quantization.sys, "executable", "false")
-    assert quantization.cell("mnist_cnn", "fp32", tmp_path) == {"error": "exit status 1", "reason": "no message"}
+    assert quantization.cell("mnist_cnn", "fp32", tmp_path, 0) == {"error": "exit status 1", "reason": "no message"}
 
 
 def test_the_reason_tells_the_step_and_the_first_cause():

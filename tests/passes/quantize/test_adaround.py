@@ -193,3 +193,18 @@ def test_real_digits_with_4_bit_weights():
     plan = plan_of(gm)
     before, after = InsertQdq(plan)(gm).gm, InsertQdq(plan)(AdaRound(plan=plan)(gm).gm).gm
     assert signal(gm, after, x[64:]) > signal(gm, before, x[64:]) + 3
+
+
+@pytest.mark.zoo
+@pytest.mark.slow
+def test_real_photos_with_4_bit_weights_where_nearest_leaves_noise():
+    from tests.zoo import real
+
+    photos = real.REAL["mobilenetv2"]
+    (x,) = photos.inputs(32)
+    gm = fxopt.optimize(photos.load(), PREPARATION, (x[:2],), dynamic_shapes=photos.dynamic_shapes)
+    gm.calibration = list(x[:24].split(4))
+    plan = plan_of(gm)
+    before, after = InsertQdq(plan)(gm).gm, InsertQdq(plan)(AdaRound(plan=plan, iterations=60)(gm).gm).gm
+    assert signal(gm, before, x[24:]) < 3
+    assert signal(gm, after, x[24:]) > 6
