@@ -12,17 +12,21 @@ __all__ = ["isolated"]
 
 @contextlib.contextmanager
 def isolated(model: torch.nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run with a fixed random state and without gradients; undo what happens to buffers and the random state."""
-    kept = {id(buffer): (buffer, buffer.detach().clone()) for buffer in model.buffers()}
+    """Run with a fixed random state and without gradients; undo what happens to buffers and the random state.
+
+    The run sees copies of the buffers. So tensors that a graph shares with others are not even touched.
+    """
+    kept = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    copies = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        for held, before in kept:
+            held.update({name: buffer if buffer is None else copies[id(buffer)] for name, buffer in before.items()})
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        with torch.no_grad():
-            for buffer, before in kept.values():
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+        for held, before in kept:
+            held.update(before)

@@ -169,8 +169,6 @@ def _in_evaluation(gm: CapturedModule) -> CapturedModule:
     copy = gm.clone()
     copy.eval()
     for module in copy.modules():
-        # A model that counts its calls does so in calibration too, and the graph must not come to know of it.
-        module._buffers = {name: None if held is None else held.clone() for name, held in module._buffers.items()}
         if isinstance(module, torch.fx.GraphModule):
             module.recompile()  # earlier steps of the pass changed the graph, and its code is of before
     return copy

@@ -1,5 +1,7 @@
 """The pass as users call it: calibration, recipes, plans, refusals, and both sides of a branch."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -78,6 +80,33 @@ def test_a_failing_quantization_leaves_the_last_good_graph():
     small = fxopt.optimize(gm, ["fold-batch-norm", "quantize"], calibration=[])
     assert [step.status for step in small.report.steps] == ["changed", "failed"]
     torch.testing.assert_close(small(IMAGES), gm(IMAGES))
+
+
+class Counting(nn.Module):
+    """Writes buffers in evaluation, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, image):
+        y = self.conv(image).relu()
+        self.calls += 1
+        self.mean.mul_(0.9).add_(y.detach().mean((0, 2, 3)), alpha=0.1)
+        return y + self.mean[:, None, None]
+
+
+@pytest.mark.parametrize("recipe", ["fast", "auto", "accurate"])
+def test_buffers_that_a_model_writes_are_as_they_were(recipe):
+    model = awake(Counting())
+    small = fxopt.optimize(model, [Quantize(recipe=recipe)], (IMAGES,), calibration=[IMAGES], strict=True)
+    assert small.calls == 0
+    assert not small.mean.any()
+    want = copy.deepcopy(model)(IMAGES)  # the graph has the model's buffers
+    assert measure(want, small(IMAGES)).sqnr_db > 25
+    assert small.calls == 1
 
 
 def test_a_graph_in_train_mode_is_refused():
