@@ -52,8 +52,12 @@ def _fake_quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, qmin: int, qmax: int
 ) -> torch.Tensor:
     step, offset = along(scale, x, axis), along(zero_point, x, axis).to(scale.dtype)
-    steps = torch.minimum(torch.maximum(x / step, qmin - offset), qmax - offset)
-    return (steps + (torch.round(steps) - steps).detach()) * step
+    exact = x / step
+    rounded = torch.round(exact)
+    low, high = qmin - offset, qmax - offset
+    # What rounds to an end is inside: the largest weight of a channel, which its scale is made of, among it.
+    steps = torch.where(rounded < low, low, torch.where(rounded > high, high, exact))
+    return (steps + (torch.clamp(rounded, low, high) - steps).detach()) * step
 
 
 def _integers_like(

@@ -157,6 +157,18 @@ def test_the_gradient_goes_straight_through_inside_the_range() -> None:
     assert x.grad[0, 2] == 0
 
 
+@pytest.mark.parametrize("zero_point", [0, 3])
+def test_what_rounds_to_an_end_of_the_range_gets_the_whole_gradient(zero_point: int) -> None:
+    weight = torch.randn(50, 16)
+    weight[:, 3] = 3 + torch.rand(50)  # the largest of each channel
+    scale = weight.abs().amax(1) / (127 - zero_point)  # by which it becomes the last integer, or a hair more than that
+    weight.requires_grad_()
+    offsets = torch.full((50,), zero_point, dtype=torch.int8)
+    FAKE_QUANTIZE(weight, scale, offsets, 0, -127, 127).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, torch.ones(50, 16))
+
+
 def test_a_learned_scale_gets_the_gradient_of_the_paper() -> None:
     scale, growth = torch.tensor(0.25), nn.Parameter(torch.zeros(()))
     x = torch.tensor([0.1, 0.3, -0.6, 9.0, -9.0])
