@@ -22,7 +22,6 @@ import torch
 
 from fxopt.args import module_path
 from fxopt.calibration_data import calibration_samples
-from fxopt.dimensions import Sample
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.passes.quantize.calibration_source import calibration_of
@@ -30,9 +29,10 @@ from fxopt.passes.quantize.correct_bias import channel_means, corrections, shift
 from fxopt.passes.quantize.costs import FLOAT, Costs, Width, WidthTable, macs_of, weight_elements
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.layout import Layout
+from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
 from fxopt.passes.quantize.metric import Metric, measured
 from fxopt.passes.quantize.placement import Site, integer_sites, path_of, place
-from fxopt.passes.quantize.recipe import Candidate, merged_rows
+from fxopt.passes.quantize.recipe import Candidate
 from fxopt.passes.quantize.resolve import resolve, resolve_weights
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
@@ -133,7 +133,7 @@ class WidthSearch:
         self.skip, self.method, self.no_saturation = tuple(skip), method, no_saturation
         self.ledger: list[str] = []
         self.layers = list(_layers(self.gm, start.plan, target))
-        samples = _first_rows(calibration_samples(self.gm, calibration_of(self.gm)), _ROWS)
+        samples = first_rows(calibration_samples(self.gm, calibration_of(self.gm)), _ROWS)
         self._samples = merged_rows(self.gm, list(samples))
         self._means: Mapping[str, torch.Tensor] = {}
         self._wide: QuantPlan | None = None
@@ -355,16 +355,6 @@ def _names(prefix: str, site: Site) -> list[str]:
     """Return the names by which :func:`place` knows a call."""
     weight = [] if site.weight is None else [prefix + site.weight.name, str(site.weight.target)]
     return [prefix + site.node.name, *weight, module_path(site.node)]
-
-
-def _first_rows(samples: Iterator[Sample], rows: int) -> Iterator[Sample]:
-    """Yield samples until they have so many rows together, counted along the first axis of their first tensor."""
-    for sample in samples:
-        yield sample
-        tensors = (leaf for leaf in sample.leaves() if isinstance(leaf, torch.Tensor) and leaf.ndim)
-        rows -= next((int(tensor.shape[0]) for tensor in tensors), 1)
-        if rows <= 0:
-            return
 
 
 def _decibels(power: float) -> str:

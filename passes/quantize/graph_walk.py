@@ -16,6 +16,7 @@ from fxopt.eager_control_flow import run_branches_eagerly
 from fxopt.errors import PassError
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
+from fxopt.passes.quantize.merged_rows import row_count
 from fxopt.regions import COND, WHILE_LOOP
 
 __all__ = ["Walk", "items_within", "sampled_rows"]
@@ -129,7 +130,7 @@ def sampled_rows(
         gm: The graph.
         nodes: Names of nodes of the graph itself.
         data: See :func:`fxopt.calibration_data.calibration_samples`.
-        each: How many rows to draw from each calibration input.
+        each: How many rows to draw for each row of a calibration input.
         most: How many rows are enough; further inputs are not run.
         seed: Of the draw.
     """
@@ -144,11 +145,12 @@ def sampled_rows(
         with isolated(gm):
             for node in chosen:
                 walk.advance(node, past=True)
+        count = each * row_count(sample)
         for node in chosen:
             value = walk.take(node)[0]
             rows = value.reshape(-1, value.shape[-1])
-            found[node.name].append(rows[torch.randperm(len(rows), generator=draw)[:each]])
-        drawn += each
+            found[node.name].append(rows[torch.randperm(len(rows), generator=draw)[:count]])
+        drawn += count
     return {name: torch.cat(rows) for name, rows in found.items()}
 
 

@@ -18,6 +18,7 @@ import torch
 
 from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
+from fxopt.errors import CalibrationError
 from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.adaround import AdaRound
@@ -26,6 +27,7 @@ from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq
+from fxopt.passes.quantize.merged_rows import MergedRows, first_rows, merged_rows
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
@@ -33,13 +35,14 @@ from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import SplitOutliers
 from fxopt.passes.quantize.target import Target
 
-__all__ = ["METHODS_TRIED", "Candidate", "Recipe", "Search", "merged_rows"]
+__all__ = ["METHODS_TRIED", "Candidate", "Recipe", "Search"]
 
 Recipe = Literal["fast", "auto", "accurate"]
 METHODS_TRIED = ("mse", "minmax")
 """The range methods that ``"auto"`` tries."""
 
 _TRIED_ROWS = 32  # rows of calibration inputs to learn from, and again to measure on
+_ROWS_TOGETHER = 16  # that calibration runs at once
 _GAIN = 0.1  # dB by which a way must be better to be worth its while
 
 
@@ -96,25 +99,40 @@ class Search:
             methods: Range methods to try.
             recipe: ``"auto"`` or ``"accurate"``.
         """
+        given = self.gm.calibration
+        together = MergedRows(self.gm, calibration_of(self.gm), _ROWS_TOGETHER)
+        try:
+            self.gm.calibration = together
+            found = self._best(make_plan, methods, recipe)
+        except CalibrationError:
+            self.gm.calibration = given  # so that the error tells which of the user's items it is
+            found = self._best(make_plan, methods, recipe)
+        finally:
+            self.gm.calibration = given
+        found.gm.calibration = given
+        return found
+
+    def _best(
+        self, make_plan: Callable[[CapturedModule], QuantPlan], methods: Sequence[str], recipe: Recipe
+    ) -> Candidate:
         learn, measure = self._samples()
         want = run_by_node(self.gm, measure)
         best = self._tried(self.gm, make_plan(self.gm), methods, learn, measure, want, "")
-        for item in self._transformations(recipe):
+        for item in self._transformations(recipe, methods[0]):
             changed = item(best.gm)
             if not changed.modified:
                 continue
             changed.gm.recompile()
-            label = f"{item.spec()}, "
-            best = self._better(
-                best, self._tried(changed.gm, make_plan(changed.gm), methods, learn, measure, want, label), item.spec()
-            )
+            plan = make_plan(changed.gm)
+            tried = self._tried(changed.gm, plan, methods, learn, measure, want, f"{item.spec()}, ")
+            best = self._better(best, tried, item.spec())
         if recipe == "accurate":
             best = self._rounded(best, learn, measure, want)
         return best
 
-    def _transformations(self, recipe: Recipe) -> Iterator[Pass]:
+    def _transformations(self, recipe: Recipe, method: str) -> Iterator[Pass]:
         yield SplitOutliers()
-        yield SmoothQuant(alpha=None, insert_mul=True)
+        yield SmoothQuant(alpha=None, insert_mul=True, method=method)
         if recipe == "accurate":
             yield EqualizeChannels(by="weights")
             yield EqualizeChannels(by="activations")
@@ -123,13 +141,15 @@ class Search:
         self, best: Candidate, learn: list[Sample], measure: list[Sample], want: list[list[torch.Tensor]]
     ) -> Candidate:
         start = best
-        for item in (Gptq(plan=start.plan), AdaRound(plan=start.plan)):
+        means = channel_means(start.gm, self.target, learn)  # of the float weights: that is what biases are to restore
+        rounding = Gptq(plan=start.plan), AdaRound(plan=start.plan), AdaRound(plan=start.plan, asymmetric=False)
+        for item in rounding:
             changed = item(start.gm)
             if changed.modified:
                 changed.gm.recompile()
-                means = channel_means(changed.gm, self.target, learn)
-                tried = self._corrected(changed.gm, start.plan, means, learn, measure, want, f"{item.name}, ")
-                best = self._better(best, tried, item.name)
+                name = "adaround, to its own float weights" if item == rounding[2] else item.name
+                tried = self._corrected(changed.gm, start.plan, means, learn, measure, want, name)
+                best = self._better(best, tried, name)
         return best
 
     def _better(self, best: Candidate, other: Candidate, name: str) -> Candidate:
@@ -188,35 +208,7 @@ class Search:
 
     def _samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return samples to learn from and samples to measure on; the same ones if there is only one."""
-        held = list(_first_rows(calibration_samples(self.gm, calibration_of(self.gm)), 2 * _TRIED_ROWS))
+        held = list(first_rows(calibration_samples(self.gm, calibration_of(self.gm)), 2 * _TRIED_ROWS))
         middle = (len(held) + 1) // 2
         learn, measure = held[:middle], held[middle:] or held
         return merged_rows(self.gm, learn), merged_rows(self.gm, measure)
-
-
-def _first_rows(samples: Iterator[Sample], rows: int) -> Iterator[Sample]:
-    """Yield samples until they have so many rows together, counted along the first axis of their first tensor."""
-    for sample in samples:
-        yield sample
-        tensors = (leaf for leaf in sample.leaves() if isinstance(leaf, torch.Tensor) and leaf.ndim)
-        rows -= next((int(tensor.shape[0]) for tensor in tensors), 1)
-        if rows <= 0:
-            return
-
-
-def merged_rows(gm: CapturedModule, samples: list[Sample]) -> list[Sample]:
-    """Return the samples as one, its rows all of theirs, where the graph takes any number of rows; else themselves."""
-    counts = {spec.shape[0] if spec.shape else None for spec in gm.inputs if spec.is_tensor}
-    rows = next(iter(counts)) if len(counts) == 1 else None
-    if not isinstance(rows, str) or rows not in gm.dims:
-        return samples
-    leaves = [gm.flatten_inputs(*sample.args, **dict(sample.kwargs)) for sample in samples]
-    tensors = [place for place, spec in enumerate(gm.inputs) if spec.is_tensor]
-    alike = len({tuple(one[place].shape[1:] for place in tensors) for one in leaves}) == 1
-    total = sum(int(one[tensors[0]].shape[0]) for one in leaves)
-    if not alike or not gm.dims[rows].allows(total):
-        return samples
-    together = list(leaves[0])
-    for place in tensors:
-        together[place] = torch.cat([one[place] for one in leaves])
-    return [samples[0].with_leaves(together)]

@@ -53,6 +53,7 @@ def resolve(
     if open_nodes:
         only = used_channels(gm, plan, target)
         sketches = calibrate(gm, open_nodes, calibration_of(gm), only=only, progress=progress, checkpoint=checkpoint)
+    plan = resolve_weights(gm, plan, target, no_saturation=no_saturation)  # the work, all but the room for biases
     return [
         resolve_weights(gm, resolve_activations(plan, sketches, method), target, no_saturation=no_saturation)
         for method in methods

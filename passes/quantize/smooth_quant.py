@@ -43,10 +43,9 @@ from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.passes.quantize.weights import channel_scales
-from fxopt.quantized_ops import FAKE_QUANTIZE
 from fxopt.rewriter import Rewriter
 
-__all__ = ["ALPHAS", "SmoothQuant", "capped_factors", "product_error", "smoothing_factors"]
+__all__ = ["ALPHAS", "SmoothQuant", "capped_factors", "product_errors", "smoothing_factors"]
 
 aten = torch.ops.aten
 
@@ -116,9 +115,8 @@ class SmoothQuant(Pass):
     ) -> torch.Tensor | None:
         if rows is None:
             return smoothing_factors(largest, weights, 0.5 if self.alpha is None else self.alpha)
-        before = product_error(rows, weights, torch.ones_like(largest), self.method)
         trials = [smoothing_factors(largest, weights, alpha) for alpha in ALPHAS] + list(capped_factors(largest))
-        errors = [product_error(rows, weights, factor, self.method) for factor in trials]
+        before, *errors = product_errors(rows, weights, [torch.ones_like(largest), *trials], self.method)
         best = min(range(len(trials)), key=errors.__getitem__)
         return trials[best] if errors[best] < _GAIN * before else None
 
@@ -163,36 +161,45 @@ def capped_factors(largest: torch.Tensor) -> Iterator[torch.Tensor]:
         place *= 2
 
 
-def product_error(
-    rows: torch.Tensor, weights: Sequence[torch.Tensor], factor: torch.Tensor, method: str = "mse"
-) -> float:
-    """Return the squared error of the products of 8-bit integers relative to the products.
+def product_errors(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], method: str = "mse"
+) -> list[float]:
+    """Return for each factor the squared error of the products of 8-bit integers relative to the products.
 
     It is the mean over the rows of the error of each, summed over the weights.
 
     Args:
         rows: Activations, f32[rows, in].
         weights: f32[out, in] each.
-        factor: What the activations are divided and the weights multiplied by, f64[in].
+        factors: What the activations are divided and the weights multiplied by, f64[in] each.
         method: How the range of the activations is chosen.
     """
-    x = rows / factor.float()
+    exact = [rows @ weight.t() for weight in weights]
+    powers = [products.square().sum(1).clamp_min(1e-30) for products in exact]
+    found = []
+    for factor in factors:
+        quantized = _quantized_rows(rows / factor.float(), method)
+        total = 0.0
+        for weight, products, power in zip(weights, exact, powers, strict=True):
+            noise = quantized @ _quantized_weight(weight * factor.float()).t() - products
+            total += float((noise.square().sum(1) / power).mean())
+        found.append(total)
+    return found
+
+
+def _quantized_rows(rows: torch.Tensor, method: str) -> torch.Tensor:
     sketch = ValueSketch()
-    sketch.update(x)
-    scale, zero_point = qparams(
-        *choose_range(sketch, method, bits=8, signed=False, symmetric=False), bits=8, signed=False, symmetric=False
-    )
-    quantized = FAKE_QUANTIZE(x, torch.tensor(scale), torch.tensor(zero_point, dtype=torch.uint8), 0, 0, 255)
+    sketch.update(rows)
+    low, high = choose_range(sketch, method, bits=8, signed=False, symmetric=False)
+    scale, zero_point = qparams(low, high, bits=8, signed=False, symmetric=False)
+    return torch.fake_quantize_per_tensor_affine(rows, scale, zero_point, 0, 255)
+
+
+def _quantized_weight(weight: torch.Tensor) -> torch.Tensor:
     spec = QuantSpec("weight", 8, signed=True, symmetric=True, axis=0)
-    total = 0.0
-    for weight in weights:
-        scaled = weight * factor.float()
-        steps = torch.tensor(channel_scales(scaled, spec))
-        held = FAKE_QUANTIZE(scaled, steps, torch.zeros(len(steps), dtype=torch.int8), 0, *spec.limits)
-        exact = rows @ weight.t()
-        noise = (quantized @ held.t() - exact).square().sum(1)
-        total += float((noise / exact.square().sum(1).clamp_min(1e-30)).mean())
-    return total
+    steps = torch.tensor(channel_scales(weight, spec))
+    zeros = torch.zeros(len(steps), dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(weight, steps, zeros, 0, *spec.limits)
 
 
 def _groups(rw: Rewriter, insert_mul: bool) -> Iterator[_Group]:

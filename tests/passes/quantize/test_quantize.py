@@ -11,8 +11,8 @@ from fxopt import CalibrationError, PassError
 from fxopt.export import coverage, to_onnx, validate
 from fxopt.numerics import measure
 from fxopt.passes import CorrectBias, EqualizeChannels, InsertQdq, Quantize, QuantPlan
+from fxopt.passes.quantize.merged_rows import MergedRows, merged_rows
 from fxopt.passes.quantize.quantize import PREPARATION
-from fxopt.passes.quantize.recipe import merged_rows
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.target import ORT_CPU
 from tests.passes.quantize.nets import Encoder, Gate, Residual, awake
@@ -281,3 +281,35 @@ def test_single_rows_are_tried_together_where_the_graph_allows_it():
     others = [fxopt.Sample((IMAGES[:1],)), fxopt.Sample((IMAGES[:1, :, :4],))]
     free = fxopt.capture(awake(Residual()), (IMAGES,), dynamic_shapes={"image": {0: "batch", 2: "height"}})
     assert merged_rows(free, others) is others
+
+
+def test_inputs_of_few_rows_are_merged_up_to_a_limit():
+    gm = residual()
+    data = [IMAGES[:1], IMAGES[1:3], IMAGES[3:4], IMAGES[4:8], IMAGES[:5]]
+    together = MergedRows(gm, data, 4)
+    for _ in range(2):
+        found = [sample.args[0] for sample in together]
+        assert [len(images) for images in found] == [4, 4, 5]
+        assert torch.equal(torch.cat(found), torch.cat(data))
+
+
+class Reciprocal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(1 / x)
+
+
+def test_the_error_names_the_item_of_the_user_though_items_are_merged():
+    data = [torch.ones(1, 4)] * 5 + [torch.zeros(1, 4)] + [torch.ones(1, 4)] * 5
+    with pytest.raises(CalibrationError, match="item 5 of the calibration data"):
+        fxopt.optimize(
+            Reciprocal().eval(),
+            ["quantize"],
+            (torch.ones(2, 4),),
+            dynamic_shapes={"x": {0: "batch"}},
+            calibration=data,
+            strict=True,
+        )

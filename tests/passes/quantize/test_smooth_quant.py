@@ -9,7 +9,7 @@ import fxopt
 from fxopt import PassError, graph_text
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.quantize import PREPARATION, Quantize
-from fxopt.passes.quantize.smooth_quant import ALPHAS, SmoothQuant, capped_factors, product_error, smoothing_factors
+from fxopt.passes.quantize.smooth_quant import ALPHAS, SmoothQuant, capped_factors, product_errors, smoothing_factors
 from fxopt.testing import check_pass
 from tests.passes.quantize.test_gptq import plan_of, prepared, signal
 
@@ -143,7 +143,7 @@ def test_a_search_takes_the_best_of_the_errors_or_leaves_the_norm_alone():
     rows = nn.functional.layer_norm(X, [WIDTH], gain, shift).detach()
     largest = rows.abs().amax(0).double()
     factors = [smoothing_factors(largest, weights, alpha) for alpha in ALPHAS] + list(capped_factors(largest))
-    errors = [product_error(rows, weights, factor) for factor in factors]
+    errors = product_errors(rows, weights, factors)
     smooth = SmoothQuant(alpha=None)(gm).gm
     best = factors[int(np.argmin(errors))]
     torch.testing.assert_close(smooth.get_parameter("query.weight"), weights[0] * best.float(), rtol=1e-5, atol=1e-6)
@@ -166,7 +166,7 @@ def test_the_error_of_products_is_that_of_eight_bits():
     got = (np.round(x / scale) * scale) @ (np.round(weight.double().numpy() / steps) * steps).T
     exact = x @ weight.double().numpy().T
     want = (((got - exact) ** 2).sum(1) / (exact**2).sum(1)).mean()
-    assert product_error(rows, [weight], one, "minmax") == pytest.approx(want, rel=0.05)
+    assert product_errors(rows, [weight], [one], "minmax") == [pytest.approx(want, rel=0.05)]
 
 
 def test_refuses_what_it_cannot_work_on():
