@@ -11,6 +11,7 @@ from fxopt.errors import InvariantError
 
 __all__ = [
     "Reads",
+    "Removable",
     "attach",
     "fresh_name",
     "get_path",
@@ -148,3 +149,29 @@ class Reads:
             for node in self._found.get((owner, id(tensor)), [])
             if not node._erased and get_path(owner, str(node.target)) is tensor
         ]
+
+
+class Removable:
+    """What goes from a graph when nothing reads it any more: what was read, by whichever of its names, and what is new.
+
+    What nothing read in the first place is the user's, and stays.
+    """
+
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        """Args: gm: with the graphs inside it, before any change."""
+        self._gm = gm
+        self._names = read_attributes(gm)
+        read = {id(tensor) for name, tensor in named_tensors(gm) if name in self._names}
+        self._tied = {name for name, tensor in named_tensors(gm) if id(tensor) in read} - self._names
+
+    def add(self, name: str) -> None:
+        """Add what is new under a dotted path."""
+        self._names.add(name)
+
+    def remove_unread(self) -> None:
+        """Remove what no graph reads. Another name of a tied weight stays as long as the weight is read."""
+        read = {id(get_path(self._gm, name)) for name in read_attributes(self._gm)}
+        tied = {
+            name for name in self._tied if hasattr_path(self._gm, name) and id(get_path(self._gm, name)) not in read
+        }
+        remove_unread(self._gm, self._names | tied)

@@ -18,12 +18,12 @@ from torch._guards import detect_fake_mode
 from fxopt.args import argument_positions, check_same_type, dtype, shape, shape_text, source_line, value
 from fxopt.attributes import (
     Reads,
+    Removable,
     attach,
     fresh_name,
     get_path,
     named_tensors,
     owner_of,
-    read_attributes,
     remove_unread,
 )
 from fxopt.changes import Change, Skip
@@ -55,7 +55,7 @@ class Rewriter:
         self._only = None if only is None else frozenset(only)
         self._site = ""
         self._attributes = {name for name, _ in named_tensors(gm)}
-        self._removable = read_attributes(gm)
+        self._removable = Removable(gm)
         self._fake_mode: Any = None
         self._reads = Reads(gm)
         self._paths: dict[torch.nn.Module, str] = {}
@@ -334,7 +334,7 @@ class Rewriter:
         """Bring code and attributes in line with the graph. The pass manager calls this once, after the pass."""
         if not self.changes:
             return
-        remove_unread(self.gm, self._removable)
+        self._removable.remove_unread()
         for module in graph_modules(self.gm):
             if module in self._touched or module is self.gm:
                 module.recompile()

@@ -99,6 +99,16 @@ def test_a_shared_weight_is_stored_once_and_read_by_both():
     torch.testing.assert_close(result.gm(index), table[index].tanh() @ table.T, rtol=1e-5, atol=1e-5)
 
 
+def test_the_floats_of_a_shared_weight_are_in_no_file(tmp_path):
+    index = torch.randint(0, 20, (2, 3))
+    gm = fxopt.optimize(Tied().eval(), [SMALL], index, strict=True)
+    assert not [name for name, held in gm.state_dict().items() if held.dtype is torch.float32 and held.numel() >= 800]
+    fxopt.save(gm, tmp_path / "net.fxopt")
+    loaded = fxopt.load(tmp_path / "net.fxopt")
+    assert loaded.state_dict().keys() == gm.state_dict().keys()
+    assert torch.equal(loaded(index), gm(index))
+
+
 def test_a_shared_weight_stays_if_one_reader_needs_floats():
     pass_ = QuantizeWeights(min_elements=64, embeddings=False)
     result = check_pass(pass_, Tied(), torch.randint(0, 20, (2, 3)), changes=0)
