@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size
 from fxopt.export.translations.shape import INT_MAX, axis_of, out_dims_of_flat
 
-__all__ = ["pad_value"]
+__all__ = ["pad_value", "padded", "shifted"]
 
 aten = torch.ops.aten
 
@@ -49,12 +49,41 @@ def pad_value(emit: Emitter, x: Value, padding: Sequence[Size], mode: str, value
         return _wrap(emit, x, axes, before, after)
     if mode != "constant":
         x, before, after = _cropped(emit, x, axes, before, after)
-    kept = [i for i in range(len(axes)) if before[i] != 0 or after[i] != 0]
-    if not kept:
+    amounts = {axis: ends for axis, *ends in zip(axes, before, after, strict=True)}
+    if all(end == 0 for ends in amounts.values() for end in ends):
         return x
-    amounts = [before[i] for i in kept] + [after[i] for i in kept]
-    fill = emit.number(value or 0, dtype_of(x)) if mode == "constant" and value not in (None, 0) else None
-    return emit("Pad", x, amounts, fill, [axes[i] for i in kept], mode=None if mode == "constant" else mode)
+    fill = value if mode == "constant" and value not in (None, 0) else None
+    return padded(emit, x, amounts, mode, fill)
+
+
+def padded(
+    emit: Emitter,
+    x: Value,
+    amounts: Mapping[int, Sequence[Size]],
+    mode: str = "constant",
+    fill: Number | None = None,
+) -> Value:
+    """Return ``x`` with so many elements before and after each axis; ``fill`` is 0 if not given.
+
+    The amounts of all axes are written: ORT's layout optimizer permutes them as if they were, and its inference of
+    symbolic shapes knows no others.
+    """
+    ends = [amounts.get(axis, (0, 0)) for axis in range(rank(x))]
+    number = None if fill is None else emit.number(fill, dtype_of(x))
+    return emit(
+        "Pad",
+        x,
+        [before for before, _ in ends] + [after for _, after in ends],
+        number,
+        mode=None if mode == "constant" else mode,
+    )
+
+
+def shifted(emit: Emitter, x: Value, step: int, axis: int, fill: Number) -> Value:
+    """Return ``x`` moved by ``step`` elements along an axis of static size, with ``fill`` where it was."""
+    shape = dims(x)
+    kept = [shape[i] - step if i == axis else shape[i] for i in range(rank(x))]
+    return padded(emit, emit("Slice", x, [0], [kept[axis]], [axis], dims=kept), {axis: (step, 0)}, fill=fill)
 
 
 def _cropped(
@@ -65,7 +94,8 @@ def _cropped(
     for i, axis in enumerate(axes):
         start, stop = (-amount if isinstance(amount, int) and amount < 0 else 0 for amount in (before[i], after[i]))
         if start or stop:
-            x = emit("Slice", x, [start], [-stop if stop else INT_MAX], [axis])
+            left = [size - start - stop if at == axis else size for at, size in enumerate(dims(x))]
+            x = emit("Slice", x, [start], [-stop if stop else INT_MAX], [axis], dims=left)
             rest[0][i], rest[1][i] = (0 if start else before[i]), (0 if stop else after[i])
     return x, *rest
 

@@ -12,6 +12,7 @@ from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size, product
 from fxopt.export.translations.elementwise import out_dtype
+from fxopt.export.translations.pad import shifted
 from fxopt.export.translations.shape import axis_of
 
 aten = torch.ops.aten
@@ -311,7 +312,7 @@ def cumprod(emit: Emitter, x: Value, dim: int, _dtype: object) -> Value:
     axis, step = axis_of(dim, rank(x)), 1
     shape = dims(x)
     while step < size:
-        earlier = emit("Pad", emit("Slice", x, [0], [size - step], [axis]), [step, 0], 1, [axis])
+        earlier = shifted(emit, x, step, axis, 1)
         x = emit("Mul", x, earlier, dims=shape)
         step *= 2
     return x

@@ -9,7 +9,7 @@ import torch
 
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import NotTranslated, translates
-from fxopt.export.sizes import Size
+from fxopt.export.sizes import Size, product
 from fxopt.export.translations.shape import out_dims
 
 aten = torch.ops.aten
@@ -18,25 +18,28 @@ aten = torch.ops.aten
 def _resized(
     emit: Emitter,
     x: Value,
+    out: Sequence[Size],
     scales: Sequence[float | None] | None,
     mode: str,
     coordinates: str,
     antialias: bool = False,
     **attributes: Any,
 ) -> Value:
-    """Return ``x`` resized to the node's shape. With ``scales``, positions follow them and not the ratio of sizes."""
-    axes = list(range(2, rank(x)))
+    """Return ``x`` resized to the shape ``out``. With ``scales``, positions follow them and not the ratio of sizes.
+
+    The sizes of all axes are written: ORT's layout optimizer permutes them as if ``axes`` were not there.
+    """
     common = dict(
         mode=mode, coordinate_transformation_mode=coordinates, antialias=1 if antialias else None, **attributes
     )
     if scales and all(
-        _matches(size, scale, out) for size, scale, out in zip(dims(x)[2:], scales, out_dims(emit)[2:], strict=True)
+        _matches(size, scale, wanted) for size, scale, wanted in zip(dims(x)[2:], scales, out[2:], strict=True)
     ):
         factors = emit.constant(torch.tensor([1.0, 1.0, *scales], dtype=torch.float32))
-        return emit("Resize", x, None, factors, **common)
+        return emit("Resize", x, None, factors, dims=out, **common)
     if scales and any(scale is not None for scale in scales):
         raise NotTranslated("scales that are given for some axes only, or that do not yield the given size")
-    return emit("Resize", x, None, None, list(out_dims(emit)[2:]), axes=axes, **common)
+    return emit("Resize", x, None, None, list(out), dims=out, **common)
 
 
 def _matches(size: Size, scale: float | None, out: Size) -> bool:
@@ -54,21 +57,38 @@ _LINEAR = {1: "linear1d", 2: "bilinear2d", 3: "trilinear3d"}
 
 
 def _linear(emit: Emitter, x: Value, align_corners: bool, scales: Sequence[float | None] | None) -> Value:
-    return _resized(emit, x, None if align_corners else scales, "linear", _interpolation(align_corners))
+    return _resized(emit, x, out_dims(emit), None if align_corners else scales, "linear", _interpolation(align_corners))
 
 
 def _cubic(emit: Emitter, x: Value, align_corners: bool, scales: Sequence[float | None] | None) -> Value:
-    return _resized(
-        emit, x, None if align_corners else scales, "cubic", _interpolation(align_corners), cubic_coeff_a=-0.75
+    """ORT's layout optimizer moves channels last, where its cubic kernel enlarges only: others get planes of one."""
+    out = out_dims(emit)
+    before, after = list(dims(x)), list(out)
+    enlarges = all(
+        isinstance(size, int) and isinstance(wanted, int) and size <= wanted
+        for size, wanted in zip(before[2:], after[2:], strict=True)
     )
+    if not enlarges:
+        planes: list[Size] = [product(before[:2]), 1]
+        before, after = planes + before[2:], planes + after[2:]
+    resized = _resized(
+        emit,
+        emit.reshape(x, before),
+        after,
+        None if align_corners else scales,
+        "cubic",
+        _interpolation(align_corners),
+        cubic_coeff_a=-0.75,
+    )
+    return emit.reshape(resized, out)
 
 
 def _nearest(emit: Emitter, x: Value, scales: Sequence[float | None] | None) -> Value:
-    return _resized(emit, x, scales, "nearest", "asymmetric", nearest_mode="floor")
+    return _resized(emit, x, out_dims(emit), scales, "nearest", "asymmetric", nearest_mode="floor")
 
 
 def _nearest_exact(emit: Emitter, x: Value, scales: Sequence[float | None] | None) -> Value:
-    return _resized(emit, x, scales, "nearest", "half_pixel", nearest_mode="round_prefer_ceil")
+    return _resized(emit, x, out_dims(emit), scales, "nearest", "half_pixel", nearest_mode="round_prefer_ceil")
 
 
 def _antialiased(mode: str) -> Callable[..., Value]:
@@ -77,6 +97,7 @@ def _antialiased(mode: str) -> Callable[..., Value]:
         return _resized(
             emit,
             x,
+            out_dims(emit),
             None if align_corners else scales,
             mode,
             _interpolation(align_corners),

@@ -11,6 +11,7 @@ import torch
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, translates
 from fxopt.export.translations.elementwise import Tensor, as_type, out_dtype, where_value
+from fxopt.export.translations.pad import shifted
 from fxopt.export.translations.reduce import reduced
 from fxopt.export.translations.shape import axis_of
 
@@ -192,12 +193,12 @@ def logcumsumexp(emit: Emitter, x: Value, dim: int) -> Value:
         raise NotTranslated("the size of the axis is dynamic")
     step = 1
     while step < size:  # element i takes in element i - step, logarithmically many times
-        earlier = emit("Pad", emit("Slice", x, [0], [size - step], [axis]), [step, 0], -math.inf, [axis])
+        earlier = shifted(emit, x, step, axis, -math.inf)
         above = emit("Max", x, earlier)
         gap = emit(
             "Where", emit("Equal", x, earlier), emit.number(0.0, dtype_of(x)), emit("Abs", emit("Sub", x, earlier))
         )
-        x = emit("Add", above, log1p(emit, emit("Exp", emit("Neg", gap))))
+        x = emit("Add", above, log1p(emit, emit("Exp", emit("Neg", gap))), dims=dims(x))
         step *= 2
     return x
 

@@ -111,6 +111,10 @@ _MOVES: dict[Any, str] = {
     aten.slice.Tensor: "self",
     aten.index_select.default: "self",
     aten.max_pool2d.default: "self",
+    **dict.fromkeys((getattr(aten, f"upsample_nearest{rank}d").vec for rank in (1, 2, 3)), "input"),
+    **dict.fromkeys((getattr(aten, f"_upsample_nearest_exact{rank}d").vec for rank in (1, 2, 3)), "input"),
+    **dict.fromkeys((getattr(aten, f"upsample_nearest{rank}d").default for rank in (1, 2, 3)), "self"),
+    **dict.fromkeys((getattr(aten, f"_upsample_nearest_exact{rank}d").default for rank in (1, 2, 3)), "self"),
 }
 _LIMITS: dict[Any, tuple[str | float | None, str | float | None]] = {
     aten.relu.default: (0.0, None),

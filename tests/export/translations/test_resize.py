@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fxopt.export import optimized_model
 from tests.export.proof import prove
 
 pytestmark = pytest.mark.ort
@@ -38,6 +39,16 @@ def test_a_fractional_factor(recompute):
         ),
         torch.randn(SHAPES[2]),
     )
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic"])
+def test_to_a_size_between_transpositions_that_ort_moves_past_it(mode):
+    def run(x):
+        return F.interpolate(x.permute(0, 3, 1, 2).abs(), size=(9, 4), mode=mode).permute(0, 2, 3, 1)
+
+    file = prove(run, torch.randn(3, 5, 7, 4))
+    kept = [node.op_type for node in optimized_model(file.to_bytes()).graph].count("Transpose")
+    assert kept == (2 if mode == "bicubic" else 0)  # a cubic kernel with channels last only enlarges
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

@@ -69,7 +69,8 @@ def test_ort_computes_what_joins_in_integers(op_type, between, channels):
 @pytest.mark.parametrize("move", [
     lambda x: x.reshape(2, 4, 16, 4), lambda x: x.transpose(2, 3), lambda x: x.permute(0, 1, 3, 2),
     lambda x: F.max_pool2d(x, 2), lambda x: x[:, :, 1:5], lambda x: x.flatten(2).unsqueeze(-1),
-], ids=["reshape", "transpose", "permute", "max_pool", "slice", "flatten"])  # fmt: skip
+    lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, (9, 5), mode="nearest-exact"),
+], ids=["reshape", "transpose", "permute", "max_pool", "slice", "flatten", "nearest", "nearest-exact"])  # fmt: skip
 def test_moves_are_made_by_integers_of_one_scale(move):
     gm = quantized(Around(move), IMAGE)
     found = kernels(gm)
