@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -50,7 +49,8 @@ class Session:
             model: A file, or a serialized model.
             optimization: How far ORT may rewrite the graph.
             threads: Threads within one operator; ORT's choice if not given.
-            save_optimized: Where to write the graph as ORT rewrote it.
+            save_optimized: Where to write the graph as ORT rewrote it. Weights that lie beside ``model`` are written
+                beside it, to ``<save_optimized>.data``.
             profile: Record times; ``end_profiling`` of the session in ``ort`` returns the file.
 
         Raises:
@@ -66,10 +66,10 @@ class Session:
         options.enable_profiling = profile
         if threads is not None:
             options.intra_op_num_threads = threads
-        if save_optimized is not None:
-            options.optimized_model_filepath = os.fspath(save_optimized)
         source = model if isinstance(model, bytes) else os.fspath(model)
         try:
+            if save_optimized is not None:
+                _save_optimized(options, source, Path(save_optimized))
             self.ort = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ORT raises a different class for each of its status codes
             raise ExportError(describe("ONNX Runtime does not accept the model", because=str(error))) from error
@@ -107,11 +107,19 @@ def optimized_model(model: bytes | str | os.PathLike[str], *, optimization: Opti
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         Session(model, optimization=optimization, save_optimized=path)
-        loaded = ir.load(path)
-        for value in loaded.graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = ir.Tensor(np.array(value.const_value.numpy()), name=value.name)
-    return loaded
+        return ir.external_data.load_to_model(ir.load(path))
+
+
+def _save_optimized(options: Any, source: bytes | str, path: Path) -> None:
+    """Let ORT write the optimized model; its own way is to refer to weights where they were, from where it is not."""
+    options.optimized_model_filepath = os.fspath(path)
+    if isinstance(source, bytes):
+        return
+    constants = (value.const_value for graph in ir.load(source).graphs() for value in graph.initializers.values())
+    if any(isinstance(constant, ir.ExternalTensor) for constant in constants):
+        entry = "session.optimized_model_external_initializers_"
+        options.add_session_config_entry(f"{entry}file_name", f"{path.name}.data")
+        options.add_session_config_entry(f"{entry}min_size_in_bytes", "1024")
 
 
 def _to_ort(tensor: torch.Tensor) -> Any:

@@ -20,6 +20,8 @@ from fxopt.export.translate import translate
 from fxopt.export.validate import ValidationReport, validate_file
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.ops import UPDATE_BUFFER
+from fxopt.quantized_ops import FAKE_QUANTIZE
+from fxopt.training_ops import FAKE_QUANTIZE_BIAS, LEARNED_SCALE, NORM_BIAS
 
 __all__ = ["DEFAULT_OPSET", "OPSETS", "to_onnx"]
 
@@ -40,6 +42,7 @@ _TRAINING = {
     UPDATE_BUFFER: "active",
     torch.ops.fxopt.select_mode.default: "training",
 }
+_FAKE_QUANTIZERS = frozenset({FAKE_QUANTIZE, FAKE_QUANTIZE_BIAS, LEARNED_SCALE, NORM_BIAS})
 
 
 def to_onnx(
@@ -81,8 +84,8 @@ def to_onnx(
         The model with its path, and the validation report if there is one.
 
     Raises:
-        ExportError: the graph is in train mode or holds something that ONNX cannot express, or the file cannot be
-            written.
+        ExportError: the graph is in train mode, or holds the quantizers of ``prepare-qat`` or something that ONNX
+            cannot express, or the file cannot be written.
         NumericsError: ORT computes something else than the graph.
         CaptureError: a plain module cannot be captured.
     """
@@ -91,6 +94,7 @@ def to_onnx(
         raise ExportError(f"opset {opset} cannot be written; wanted {OPSETS[0]} to {OPSETS[-1]}")
     target = None if path is None else check_target(path)
     gm = _as_captured(model, example_inputs, dynamic_shapes)
+    _refuse_fake_quantizers(gm)
     _refuse_training(gm)
     names = list(output_names) if output_names is not None else list(gm.output_names)
     guard_name = GUARD_OUTPUT if guards == "output" and has_guards(gm) else None
@@ -127,6 +131,21 @@ def _as_captured(model: torch.nn.Module, example_inputs: Any, dynamic_shapes: An
         )
     gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     return gm.eval() if gm.training and gm.modes != "train" else gm
+
+
+def _refuse_fake_quantizers(gm: CapturedModule) -> None:
+    """Raise ExportError if the graph is made for training with quantizers: its file would compute in floats."""
+    for module in graph_modules(gm):
+        for node in module.graph.nodes:
+            if node.target in _FAKE_QUANTIZERS:
+                raise ExportError(
+                    describe(
+                        "the graph rounds floats as it does in training with quantizers, and a file needs the integers",
+                        node=f"{node.name} ({node.target})",
+                        source=args.source_line(node) or None,
+                        try_='fxopt.optimize(graph.eval(), ["convert-qat"]), and export the graph that it returns',
+                    )
+                )
 
 
 def _refuse_training(gm: CapturedModule) -> None:

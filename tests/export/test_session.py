@@ -46,6 +46,46 @@ def test_the_optimized_graph_is_what_ort_runs():
     assert [node.op_type for node in optimized.graph] == ["FusedConv"]
 
 
+class Sides(nn.Module):
+    """A layer in front of a branch, and one in each side of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.left, self.right = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x).sigmoid()
+        if x.sum() > 0:
+            return self.left(x).tanh()
+        return self.right(x)
+
+
+def test_the_optimized_graph_of_a_model_with_weights_beside_it(tmp_path):
+    file = to_onnx(captured(Sides(), torch.randn(3, 32))).save(tmp_path / "net.onnx", external_data="always")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["net.onnx", "net.onnx.data"]
+    beside, whole = optimized_model(file.path), optimized_model(file.to_bytes())
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert [node.op_type for node in beside.graph] == [node.op_type for node in whole.graph]
+    assert beside.graph.initializers.keys() == whole.graph.initializers.keys()
+    for name, value in beside.graph.initializers.items():
+        assert (value.const_value.numpy() == whole.graph.initializers[name].const_value.numpy()).all()
+
+
+@pytest.mark.parametrize("external_data", ["always", "never"])
+def test_the_saved_optimized_graph_runs_where_it_lies(external_data, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    file = to_onnx(captured(Sides(), torch.randn(3, 32)))
+    file = file.save(tmp_path / "net.onnx", external_data=external_data)
+    saved = tmp_path / "elsewhere" / "optimized.onnx"
+    session = Session(file.path, optimization="extended", save_optimized=saved)
+    assert saved.with_name("optimized.onnx.data").exists() == (external_data == "always")
+    for path in tmp_path.glob("net.onnx*"):
+        path.unlink()
+    x = torch.randn(5, 32)
+    assert torch.equal(Session(saved, optimization="none").run([x])[0], session.run([x])[0])
+
+
 def test_bfloat16_in_and_out():
     file = to_onnx(captured(lambda x: x * 2, torch.randn(3, 4).bfloat16()))
     x = torch.randn(5, 4).bfloat16()

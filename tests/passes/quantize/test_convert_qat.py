@@ -231,6 +231,19 @@ def test_weights_that_can_overflow_are_named() -> None:
     assert [note for note in ConvertQat()(graph).notes if "linear: 4 channels can overflow" in note]
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("learn_scales", [True, False])
+def test_a_graph_that_is_not_converted_is_not_exported(learn_scales: bool, training: bool) -> None:
+    gm = fxopt.capture(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).train(), torch.randn(4, 8))
+    graph = fxopt.optimize(gm, [PrepareQat(learn_scales=learn_scales)], strict=True).train(training)
+    with pytest.raises(fxopt.ExportError) as caught:
+        to_onnx(graph)
+    message = str(caught.value)
+    assert message.startswith("the graph rounds floats as it does in training with quantizers")
+    assert 'try   fxopt.optimize(graph.eval(), ["convert-qat"]), and export the graph that it returns' in message
+    to_onnx(fxopt.optimize(graph.eval(), ["convert-qat"]), contract=fxopt.Contract.lossy("sqnr_db", 20.0))
+
+
 def test_a_graph_in_train_mode_is_refused() -> None:
     gm = fxopt.optimize(nn.Linear(3, 3).train(), [PrepareQat()], torch.randn(2, 3), strict=True)
     with pytest.raises(fxopt.PassError, match=r"in train mode, and integers are for evaluation"):
