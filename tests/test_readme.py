@@ -79,6 +79,7 @@ def test_integer_example_runs_in_integers(folder, capsys):
     assert "with correct-bias" in said
     assert "conv_weight" in said
     assert coverage(folder / "int8.onnx").integer_share == 1.0
+    assert any("within the budget" in note for note in names["tuned"].report.steps[-1].notes)
 
 
 @pytest.mark.ort

@@ -14,6 +14,7 @@ from fxopt.export.translations import (  # noqa: F401  (imported for the registr
     control_flow,
     convolution,
     creation,
+    dynamic,
     elementwise,
     embedding,
     index,

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fxopt.attention_ops import MULTI_HEAD_ATTENTION
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size
@@ -46,25 +47,65 @@ def scaled_dot_product_attention(
     return result if is_causal else _zero_where_all_is_masked(emit, result, mask)
 
 
+@translates(MULTI_HEAD_ATTENTION)
+def multi_head_attention(
+    emit: Emitter,
+    query: Value,
+    key: Value,
+    value: Value,
+    mask: Value | None,
+    heads: int,
+    scale: float | None,
+    is_causal: bool,
+) -> Value:
+    """ORT's own operator, which takes a mask that is added, of all rows and columns."""
+    lengths = dims(query)[1], dims(key)[1]
+    seen = _causal_mask(emit, *lengths) if is_causal else mask
+    added = None if seen is None else emit.once(("bias", id(seen), lengths), lambda: _bias(emit, seen, *lengths))
+    shape = (*dims(query)[:2], dims(value)[2])
+    inputs = (query, key, value) if added is None else (query, key, value, None, None, added)
+    result = emit("MultiHeadAttention", *inputs, domain="com.microsoft", num_heads=heads, scale=scale, dims=shape)
+    return result if mask is None else _zero_where_all_is_masked(emit, result, mask, heads_apart=False)
+
+
+def _bias(emit: Emitter, mask: Value, rows: Size, columns: Size) -> Value:
+    """Return f32[batch or 1, 1, rows, columns]."""
+    added = _added(emit, mask, torch.float32)
+    batch = (1, 1) if rank(mask) == 2 else dims(mask)[:2]
+    wide = added if dims(mask)[-2:] == (rows, columns) else expand_to(emit, added, (*dims(mask)[:-2], rows, columns))
+    return emit.reshape(wide, (*batch, rows, columns))
+
+
 def _masked(emit: Emitter, scores: Value, mask: Value) -> Value:
-    """Return the scores with masked ones far below all others, but finite, so that no NaN can come of them."""
+    """Return the scores with masked ones far below all others."""
+    return emit("Add", scores, _added(emit, mask, dtype_of(scores)))
+
+
+def _added(emit: Emitter, mask: Value, dtype: torch.dtype) -> Value:
+    """Return the mask as floats to add: very low ones, but finite, so that no NaN can come of them."""
     if dtype_of(mask) is not torch.bool:
-        return emit("Add", scores, emit.cast(mask, dtype_of(scores)))
-    dtype = dtype_of(scores)
-    lowest = emit.number(torch.finfo(dtype).min, dtype)
-    added = emit.once(("added mask", id(mask), dtype), lambda: emit("Where", mask, emit.number(0.0, dtype), lowest))
-    return emit("Add", scores, added)
+        return emit.cast(mask, dtype)
+    lowest, zero = emit.number(torch.finfo(dtype).min, dtype), emit.number(0.0, dtype)
+    return emit.once(("added mask", id(mask), dtype), lambda: emit("Where", mask, zero, lowest, dims=dims(mask)))
 
 
-def _zero_where_all_is_masked(emit: Emitter, result: Value, mask: Value) -> Value:
-    """Return zeros for a query that may attend to nothing, as PyTorch does."""
-    dtype = dtype_of(result)
+def _zero_where_all_is_masked(emit: Emitter, result: Value, mask: Value, *, heads_apart: bool = True) -> Value:
+    """Return zeros for a query that may attend to nothing, as PyTorch does.
+
+    The heads of the result lie along its second axis, or else side by side along the last of three.
+    """
+    zero, squeezed = emit.number(0.0, dtype_of(result)), not heads_apart and rank(mask) == 4
+
+    def of_row(found: Value) -> Value:
+        return emit("Squeeze", found, [1]) if squeezed else found
+
     if dtype_of(mask) is torch.bool:
         seen = mask if emit.opset >= 20 else emit.cast(mask, torch.int32)
-        some = emit.once(("any key", id(mask)), lambda: emit.cast(_largest(emit, seen), torch.bool))
-        return emit("Where", some, result, emit.number(0.0, dtype))
-    none = emit.once(("no key", id(mask)), lambda: emit("Equal", _largest(emit, mask), -math.inf))
-    return emit("Where", none, emit.number(0.0, dtype), result)
+        key = ("any key", id(mask), squeezed)
+        return emit("Where", emit.once(key, lambda: of_row(emit.cast(_largest(emit, seen), torch.bool))), result, zero)
+    key = ("no key", id(mask), squeezed)
+    none = emit.once(key, lambda: of_row(emit("Equal", _largest(emit, mask), -math.inf)))
+    return emit("Where", none, zero, result)
 
 
 def _largest(emit: Emitter, mask: Value) -> Value:

@@ -169,7 +169,15 @@ def add(emit: Emitter, x: Tensor, y: Tensor, alpha: Number) -> Value:
     dtype = out_dtype(emit)
     if dtype is torch.bool:
         return emit("Or", as_type(emit, x, dtype), as_type(emit, y, dtype))
-    return emit("Add", as_type(emit, x, dtype), _scaled(emit, y, alpha, dtype))
+    # ORT makes one kernel of Add and LayerNormalization, and on a CPU that takes 2 to 5 times as long as both; of Sum
+    # it makes none. (f32[1, 18, 384] to f32[1, 512, 1024], one thread, ORT 1.32)
+    add_or_sum = "Sum" if _is_normalized(emit) else "Add"
+    return emit(add_or_sum, as_type(emit, x, dtype), _scaled(emit, y, alpha, dtype))
+
+
+def _is_normalized(emit: Emitter) -> bool:
+    """Return whether a layer norm reads the result of the node."""
+    return emit.node is not None and any(user.target is aten.layer_norm.default for user in emit.node.users)
 
 
 @translates(aten.sub.Tensor, aten.sub.Scalar, aten.subtract.Tensor)

@@ -10,6 +10,8 @@ from fxopt.export.emitter import Emitter, Value, dims, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.sizes import product
 
+__all__ = ["gathered", "layer_slice"]
+
 aten = torch.ops.aten
 
 # The order in which ONNX wants the gates, as places in PyTorch's order (LSTM: input, forget, cell, output;
@@ -103,7 +105,7 @@ def _stacked(
     finals: list[list[Value]] = [[] for _ in states]
     for layer in range(layers):
         own = parameters[layer * directions * each : (layer + 1) * directions * each]
-        initial = [_layer_slice(emit, state, layer, layers, directions) for state in states]
+        initial = [layer_slice(emit, state, layer, layers, directions) for state in states]
         sequence, *last = _layer(
             emit, kind, sequence, initial, [own[d * each : (d + 1) * each] for d in range(directions)]
         )
@@ -119,7 +121,7 @@ def _stacked(
     return tuple(results)
 
 
-def _layer_slice(emit: Emitter, state: Value, layer: int, layers: int, directions: int) -> Value:
+def layer_slice(emit: Emitter, state: Value, layer: int, layers: int, directions: int) -> Value:
     if layers == 1:
         return state
     return emit("Slice", state, [layer * directions], [(layer + 1) * directions], [0])
@@ -132,9 +134,9 @@ def _layer(
     assert emit.node is not None
     directions, hidden = len(weights), dims(weights[0][1])[1]
     length, batch, _ = dims(sequence)
-    inner = _gathered(emit, kind, [direction[:1] for direction in weights])
-    recurrent = _gathered(emit, kind, [direction[1:2] for direction in weights])
-    biases = _gathered(emit, kind, [direction[2:] for direction in weights]) if len(weights[0]) > 2 else None
+    inner = gathered(emit, kind, [direction[:1] for direction in weights])
+    recurrent = gathered(emit, kind, [direction[1:2] for direction in weights])
+    biases = gathered(emit, kind, [direction[2:] for direction in weights]) if len(weights[0]) > 2 else None
     activation = None
     if kind == "RNN":
         activation = ["Tanh" if emit.node.target is aten.rnn_tanh.input else "Relu"] * directions
@@ -159,7 +161,7 @@ def _layer(
     return emit.reshape(emit.transpose(outputs[0], [0, 2, 1, 3]), shape), *outputs[1:]
 
 
-def _gathered(emit: Emitter, kind: str, parts: Sequence[Sequence[Value]]) -> Value:
+def gathered(emit: Emitter, kind: str, parts: Sequence[Sequence[Value]]) -> Value:
     """Return the weights of all directions with ONNX's order of gates: ``[direction, gates * hidden, ...]``.
 
     Constants are rearranged here and stored under the name of the first; computed ones (masked or dequantized weights)

@@ -4,6 +4,7 @@ from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.cleanup.fold_constants import FoldConstants
 from fxopt.passes.cleanup.freeze_mode import FreezeMode
+from fxopt.passes.cleanup.fuse_attention import FuseAttention
 from fxopt.passes.cleanup.merge_common_subexpressions import MergeCommonSubexpressions
 from fxopt.passes.cleanup.remove_dead_code import RemoveDeadCode
 from fxopt.passes.cleanup.remove_identities import RemoveIdentities
@@ -13,6 +14,7 @@ PASSES: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     FoldConstants,
     FreezeMode,
+    FuseAttention,
     MergeCommonSubexpressions,
     RemoveDeadCode,
     RemoveIdentities,
@@ -24,6 +26,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",
+    "FuseAttention",
     "MergeCommonSubexpressions",
     "RemoveDeadCode",
     "RemoveIdentities",

@@ -12,6 +12,7 @@ from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
 from fxopt.passes.quantize.prepare_qat import PrepareQat
 from fxopt.passes.quantize.quantize import Quantize
+from fxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
 from fxopt.passes.quantize.sink_constants import SinkConstants
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
@@ -30,6 +31,7 @@ PASSES: tuple[type[Pass], ...] = (
     LowerForIntegers,
     PrepareQat,
     Quantize,
+    QuantizeDynamic,
     QuantizeWeights,
     SinkConstants,
     SmoothQuant,
@@ -51,6 +53,7 @@ __all__ = [
     "QuantPlan",
     "QuantSpec",
     "Quantize",
+    "QuantizeDynamic",
     "QuantizeWeights",
     "SinkConstants",
     "SmoothQuant",

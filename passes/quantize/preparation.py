@@ -7,6 +7,7 @@ from fxopt.passes.cleanup import (
     FoldBatchNorm,
     FoldConstants,
     FreezeMode,
+    FuseAttention,
     MergeCommonSubexpressions,
     RemoveDeadCode,
     RemoveIdentities,
@@ -14,8 +15,9 @@ from fxopt.passes.cleanup import (
 )
 from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
 from fxopt.passes.quantize.sink_constants import SinkConstants
+from fxopt.passes.quantize.target import ORT_CPU, Target
 
-__all__ = ["BEFORE_NORMS", "BEHIND_NORMS", "PREPARATION"]
+__all__ = ["BEFORE_NORMS", "BEHIND_NORMS", "PREPARATION", "preparation_for"]
 
 BEFORE_NORMS: tuple[Pass, ...] = (
     FreezeMode(),
@@ -31,3 +33,8 @@ BEHIND_NORMS: tuple[Pass, ...] = (LowerForIntegers(), MergeCommonSubexpressions(
 
 PREPARATION: tuple[Pass, ...] = (*BEFORE_NORMS, FoldBatchNorm(), *BEHIND_NORMS)
 """All of it."""
+
+
+def preparation_for(target: Target) -> tuple[Pass, ...]:
+    """Return all of it, and what makes operators that only one runtime has."""
+    return (*PREPARATION, FuseAttention()) if target is ORT_CPU else PREPARATION

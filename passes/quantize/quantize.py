@@ -24,7 +24,7 @@ from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import shift_biases
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
 from fxopt.passes.quantize.placement import place
-from fxopt.passes.quantize.preparation import PREPARATION
+from fxopt.passes.quantize.preparation import PREPARATION, preparation_for
 from fxopt.passes.quantize.ranges import RangeMethod
 from fxopt.passes.quantize.recipe import METHODS_TRIED, Candidate, Recipe, Search
 from fxopt.passes.quantize.simulate import Simulation
@@ -131,7 +131,7 @@ class Quantize(Pass):
     ) -> QuantPlan:
         """Return the plan that the pass would apply, scales included.
 
-        Its names are those of the graph after ``PREPARATION``, which the pass runs first in any case.
+        Its names are those of the graph after ``preparation_for(target)``, which the pass runs first in any case.
 
         Args:
             gm: A captured graph in eval mode; it is left alone.
@@ -155,7 +155,7 @@ class Quantize(Pass):
                     try_="graph.eval(); to train with quantizers in place, use prepare-qat",
                 )
             )
-        run_passes(rw, PREPARATION)
+        run_passes(rw, preparation_for(TARGETS[self.target]))
 
     def _budget(self) -> Budget | None:
         if self.metric is None:

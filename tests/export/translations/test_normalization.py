@@ -36,6 +36,24 @@ def test_layer_norm(shape, options):
     assert op_types(file) == ["LayerNormalization"]
 
 
+class Residual(nn.Module):
+    """A sum that a layer norm and the next sum read, as in transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = settled(nn.LayerNorm(5))
+
+    def forward(self, x, y):
+        total = x + y
+        return self.norm(total) + total
+
+
+def test_a_sum_before_a_layer_norm_is_not_fused_to_a_slower_kernel():
+    file = prove(Residual(), torch.randn(3, 4, 5), torch.randn(3, 4, 5))
+    assert op_types(file) == ["Sum", "LayerNormalization", "Add"]
+    assert "SkipLayerNormalization" not in {node.op_type for node in optimized_model(file.to_bytes()).graph}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_layer_norm_of_other_types(dtype):
     prove(settled(nn.LayerNorm(5)).to(dtype), torch.randn(3, 5).to(dtype))
