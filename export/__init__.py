@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxopt.export.coverage import CoverageReport, coverage
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.files import OnnxFile
+from fxopt.export.layer_costs import layer_costs
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Session, optimized_model
@@ -22,6 +23,7 @@ __all__ = [
     "ValidationReport",
     "Value",
     "coverage",
+    "layer_costs",
     "optimized_model",
     "to_onnx",
     "translate",
