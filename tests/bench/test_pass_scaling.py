@@ -89,7 +89,11 @@ def test_copied_fake_values_are_those_that_the_calls_have(small):
             assert all(v.fake_mode is value.fake_mode for v in seen)
 
 
-@pytest.mark.parametrize("kind", PASSES, ids=lambda kind: kind.name)
+# The graph has no attention: what fuse-attention costs there is the search for it.
+WORKING = [kind for kind in PASSES if kind.name != "fuse-attention"]
+
+
+@pytest.mark.parametrize("kind", WORKING, ids=lambda kind: kind.name)
 def test_every_pass_has_work_at_a_constant_share_of_nodes(kind, small, large):
     few, many = changes(small, kind), changes(large, kind)
     assert few > 0

@@ -240,7 +240,7 @@ def test_a_graph_that_is_not_converted_is_not_exported(learn_scales: bool, train
         to_onnx(graph)
     message = str(caught.value)
     assert message.startswith("the graph rounds floats as it does in training with quantizers")
-    assert 'try   fxopt.optimize(graph.eval(), ["convert-qat"]), and export the graph that it returns' in message
+    assert 'fxopt.optimize(graph.eval(), ["convert-qat"]), and export the graph that it returns' in message
     to_onnx(fxopt.optimize(graph.eval(), ["convert-qat"]), contract=fxopt.Contract.lossy("sqnr_db", 20.0))
 
 
