@@ -18,6 +18,7 @@ from fxopt.eager import compare, compare_other_ways, run_eagerly
 from fxopt.errors import CaptureError, describe
 from fxopt.function_module import as_module
 from fxopt.graph_module import CapturedModule, InputSpec
+from fxopt.mode_alignment import renumber_regions
 from fxopt.modes import Unmergeable, merge_modes
 from fxopt.regions import holds_control_flow
 from fxopt.trace import Trace, trace, unlift
@@ -178,6 +179,8 @@ def _switched(model: torch.nn.Module, training: bool) -> Iterator[None]:
 
 def _merge(first: Trace, second: Trace, tensors: dict[str, torch.Tensor], *, first_trains: bool) -> None:
     """Make ``first.graph`` hold both modes; constants that only the second trace has get names of their own."""
+    if _inner_graphs(first) != _inner_graphs(second):
+        raise Unmergeable("the graphs that operators of torch run (map, scan) differ between the modes")
     same: dict[str, str] = {}
     for name, constant in second.constants.items():
         twin = next((n for n, t in first.constants.items() if t is constant or _identical(t, constant)), None)
@@ -186,9 +189,17 @@ def _merge(first: Trace, second: Trace, tensors: dict[str, torch.Tensor], *, fir
             while twin in first.constants or twin in tensors:
                 twin += "_"
         same[name] = twin
+    renumber_regions(first.graph, first.sites, second.graph, second.sites)
     first.graph = merge_modes(first.graph, second.graph, first_trains=first_trains, same_tensor=same)
     for name, constant in second.constants.items():
         first.constants.setdefault(same[name], constant)
+
+
+def _inner_graphs(found: Trace) -> dict[str, str]:
+    """Return the code of each graph that torch traced by itself, which is no part of the graph around it."""
+    names = [str(node.target) for node in found.graph.nodes if node.op == "get_attr"]
+    held = {name: getattr(found.root, name, None) for name in names if "." not in name}
+    return {name: module.code for name, module in held.items() if isinstance(module, torch.fx.GraphModule)}
 
 
 def _identical(a: torch.Tensor, b: torch.Tensor) -> bool:

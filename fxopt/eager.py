@@ -14,7 +14,7 @@ from fxopt.errors import CaptureError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.numerics import measure
-from fxopt.trace import user_location
+from fxopt.trace_errors import user_location
 
 __all__ = ["compare", "compare_other_ways", "run_eagerly"]
 

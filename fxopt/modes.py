@@ -12,7 +12,6 @@ and a model's own ``if self.training`` are all found by the same comparison, and
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 import torch
@@ -22,11 +21,13 @@ from fxopt.args import arg, argument_positions, module_path, source_line, source
 from fxopt.control_flow import markers
 from fxopt.effects import is_random
 from fxopt.functionalize import fake_call
+from fxopt.mode_alignment import REGION_BEGINS, Place, opcodes, places, region_number
 from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
 
 __all__ = ["Unmergeable", "merge_modes"]
 
 _HANDED_ON = {markers.LEAVE, markers.MERGE}
+_SIDE_ENDS = {markers.OTHER_SIDE: 0, markers.END_BRANCH: 1}
 
 
 class Unmergeable(Exception):  # noqa: N818  (it steers capture, and never reaches the user)
@@ -60,12 +61,16 @@ class _Merger:
         self.graph = torch.fx.Graph(tracer_cls=first._tracer_cls)
         self.graph.set_codegen(first._codegen)
         self.merged: tuple[dict[torch.fx.Node, torch.fx.Node], dict[torch.fx.Node, torch.fx.Node]] = ({}, {})
-        self.selected: dict[tuple[torch.fx.Node, torch.fx.Node], torch.fx.Node] = {}
+        self.places = places(first) | places(second)
+        self.stands: dict[torch.fx.Node, Place] = {}
+        self.selected: dict[tuple[torch.fx.Node, torch.fx.Node, Place], torch.fx.Node] = {}
+        self.begins: dict[int, torch.fx.Node] = {}
+        self.side_ends: dict[tuple[int, int], torch.fx.Node] = {}
 
     def run(self) -> torch.fx.Graph:
         nodes = [list(trace.nodes) for trace in self.traces]
         keys = [[self._key(node, which) for node in trace] for which, trace in enumerate(nodes)]
-        for tag, a0, a1, b0, b1 in _opcodes(*keys):
+        for tag, a0, a1, b0, b1 in opcodes(nodes[0], keys[0], nodes[1], keys[1]):
             if tag == "equal":
                 for a, b in zip(nodes[0][a0:a1], nodes[1][b0:b1], strict=True):
                     self._both(a, b)
@@ -78,17 +83,20 @@ class _Merger:
 
     def _key(self, node: torch.fx.Node, which: int) -> tuple[Any, ...]:
         """Return what a node of one trace has in common with its twin in the other: not its flags, nor its inputs."""
-        target = str(node.target)
+        target, place = str(node.target), self.places[node]
         if node.op == "get_attr":
             return (node.op, self.same_tensor.get(target, target) if which else target)
         if node.op != "call_function":
             return (node.op, target)
+        location = source_location(node)
+        if location is not None and location[0].startswith("<"):
+            location = None  # in code that torch made for one trace
         sizes = tuple(str(item) for item in node.args if _is_size(item))
         if node.target in _HANDED_ON:
             # One mode may hand on more than the other at a line: the counters that batch norm writes in training.
             held: Any = node.meta["val"]
             sizes += (str(held.dtype), str(held.ndim))
-        return (node.op, target, module_path(node), source_location(node), sizes)
+        return (node.op, target, module_path(node), location, sizes, place)
 
     def _both(self, a: torch.fx.Node, b: torch.fx.Node) -> None:
         if a.op == "output":
@@ -105,12 +113,24 @@ class _Merger:
         if modes:
             node.meta["modes"] = modes
         self.merged[0][a] = self.merged[1][b] = node
+        self._note(node, self.places[a])
+
+    def _note(self, node: torch.fx.Node, place: Place) -> None:
+        """Remember where a node of the merged graph stands."""
+        self.stands[node] = () if node.op == "get_attr" else place
+        if node.target in REGION_BEGINS:
+            self.begins[region_number(node)] = node
+        elif node.target in _SIDE_ENDS:
+            self.side_ends[region_number(node), _SIDE_ENDS[node.target]] = node
 
     def _argument(
         self, node: torch.fx.Node, place: int | str, x: Any, y: Any, modes: dict[str, tuple[Any, Any]]
     ) -> Any:
         if isinstance(x, torch.fx.Node) and isinstance(y, torch.fx.Node):
-            return self._value(self.merged[0][x], self.merged[1][y], node)
+            value, other = self.merged[0][x], self.merged[1][y]
+            if node.target is markers.MERGE and isinstance(place, int):
+                return self._side_value(value, other, node, place)
+            return self._value(value, other, node, self.places[node])
         if isinstance(x, list | tuple) and isinstance(y, list | tuple) and len(x) == len(y):
             return type(x)(self._argument(node, place, p, q, modes) for p, q in zip(x, y, strict=True))
         if type(x) is type(y) and (x == y or (x != x and y != y)):
@@ -120,10 +140,23 @@ class _Merger:
             return x
         raise Unmergeable(f"{node.target} gets {x} in one mode and {y} in the other, at {source_line(node)}")
 
-    def _value(self, x: torch.fx.Node, y: torch.fx.Node, at: torch.fx.Node) -> torch.fx.Node:
+    def _side_value(self, x: torch.fx.Node, y: torch.fx.Node, merge: torch.fx.Node, side: int) -> torch.fx.Node:
+        """Return what one side of a branch hands on; where the modes hand on two values, the side itself selects."""
         if x is y:
             return x
-        if (x, y) not in self.selected:
+        end = (region_number(merge), side)
+        with self.graph.inserting_before(self.side_ends[end]):
+            return self._value(_unleft(x), _unleft(y), merge, (*self.places[merge], end))
+
+    def _value(self, x: torch.fx.Node, y: torch.fx.Node, at: torch.fx.Node, place: Place) -> torch.fx.Node:
+        if x is y:
+            return x
+        found = max(self.stands[x], self.stands[y], key=len)
+        if place[: len(found)] == found != place:
+            # Both stand outside of the region, and so does the choice, for all of the region to read.
+            with self.graph.inserting_before(self.begins[place[len(found)][0]]):
+                return self._value(x, y, at, found)
+        if (x, y, place) not in self.selected:
             a: Any = x.meta.get("val")
             b: Any = y.meta.get("val")
             if isinstance(a, int | torch.SymInt) and isinstance(b, int | torch.SymInt) and str(a) == str(b):
@@ -135,8 +168,8 @@ class _Merger:
             node = self.graph.call_function(SELECT_MODE, (train, evaluation, self.first_trains))
             node.meta = {key: item for key, item in x.meta.items() if key != "modes"}
             node.meta["modes"] = {"training": (True, False)}
-            self.selected[x, y] = node
-        return self.selected[x, y]
+            self.stands[node], self.selected[x, y, place] = place, node
+        return self.selected[x, y, place]
 
     def _only(self, node: torch.fx.Node, which: int) -> None:
         """Copy a node that one mode alone has; where it has an effect, the effect happens in that mode alone."""
@@ -158,6 +191,7 @@ class _Merger:
             copy.meta["val"] = _same_in(self.traces[0], node.meta.get("val"))
         self._guard_effect(copy, trains, active=which == 0)
         self.merged[which][node] = copy
+        self._note(copy, self.places[node])
 
     def _guard_effect(self, node: torch.fx.Node, trains: bool, active: bool) -> None:
         flag = "active" if node.target is UPDATE_BUFFER else "training" if _has_training(node) else None
@@ -177,6 +211,12 @@ class _Merger:
         modes: dict[str, tuple[Any, Any]] = {}
         results = tuple(self._argument(a, 0, p, q, modes) for p, q in zip(x, y, strict=True))
         self.graph.output(results).meta = dict(a.meta)
+
+
+def _unleft(node: torch.fx.Node) -> torch.fx.Node:
+    while node.target is markers.LEAVE:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _in_full(node: torch.fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -217,17 +257,3 @@ def _same_in(graph: torch.fx.Graph, fake: Any) -> Any:
         return torch.empty_strided(
             fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device, requires_grad=fake.requires_grad
         )
-
-
-def _opcodes(a: list[Any], b: list[Any]) -> list[tuple[str, int, int, int, int]]:
-    """Return how to turn ``a`` into ``b``, as difflib does, without its quadratic cost on the equal ends."""
-    start = 0
-    while start < min(len(a), len(b)) and a[start] == b[start]:
-        start += 1
-    end = 0
-    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
-        end += 1
-    middle = difflib.SequenceMatcher(None, a[start : len(a) - end], b[start : len(b) - end], autojunk=False)
-    codes = [("equal", 0, start, 0, start)]
-    codes += [(tag, a0 + start, a1 + start, b0 + start, b1 + start) for tag, a0, a1, b0, b1 in middle.get_opcodes()]
-    return [*codes, ("equal", len(a) - end, len(a), len(b) - end, len(b))]

@@ -10,28 +10,23 @@ import contextlib
 import dataclasses
 import io
 import logging
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from fxopt.control_flow import drop_trials, trace_with_branches
+from fxopt.control_flow import Undecided, drop_trials, operators_traced, trace_with_branches
 from fxopt.control_flow.session import Site
 from fxopt.dimensions import Sample, bind_arguments, enlarged, named_dynamic_shapes
 from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
+from fxopt.trace_errors import asks_for_values, explained
 
-__all__ = ["Trace", "trace", "unlift", "user_location"]
+__all__ = ["Trace", "trace", "unlift"]
 
 aten = torch.ops.aten
-_CORE = str(Path(__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclasses.dataclass
@@ -84,35 +79,39 @@ def _exported(
     model: torch.nn.Module, program: Callable[[], torch.export.ExportedProgram]
 ) -> tuple[torch.export.ExportedProgram, dict[int, Site]]:
     """Return the program, and its branches and loops on values, if torch cannot trace the model without them."""
+    first: BaseException
     try:
-        return program(), {}
+        with operators_traced():
+            return program(), {}
     except FxoptError:
         raise
+    except Undecided as asked:
+        first = asked
     except Exception as error:
         if not asks_for_values(error):
-            raise _explained(error) from error
+            raise explained(error) from error
         first = error
     try:
-        exported, session = trace_with_branches(model, program)
+        with operators_traced():
+            exported, session = trace_with_branches(model, program)
     except FxoptError:
-        raise
+        # torch traces its own operators where the sides yield other sizes, for one.
+        alone = _traced_by_torch(program) if isinstance(first, Undecided) else None
+        if alone is None:
+            raise
+        return alone, {}
     except Exception as error:
-        raise _explained(error) from error
+        raise explained(error) from error
     if not session.sites:
-        raise _explained(first) from first
+        raise explained(first) from first
     return exported, session.sites
 
 
-def asks_for_values(error: Exception) -> bool:
-    """Return whether a trace failed because Python code decides on the value of a tensor or a dynamic size."""
-    text = str(error)
-    return (
-        isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException)
-        or "data-dependent" in text[:400]
-        or "onstraints violated" in text
-        or "specialized" in text[:600]
-        or "Boolean value of Tensor with more than one value" in text
-    )
+def _traced_by_torch(program: Callable[[], torch.export.ExportedProgram]) -> torch.export.ExportedProgram | None:
+    try:
+        return program()
+    except Exception:  # the refusal that led here says more
+        return None
 
 
 def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None = None) -> Trace:
@@ -325,54 +324,3 @@ def _training_reads(model: torch.nn.Module, reads: list[str]) -> Iterator[None]:
         yield
     finally:
         del torch.nn.Module.__getattribute__
-
-
-def user_location(error: BaseException) -> str | None:
-    """Return the user's line that raised ``error`` as ``net.py:23, in forward: y = x.foo()``, or None."""
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_CORE, _TORCH, "<")) and "python3" not in Path(frame.filename).parent.name
-    ]
-    if not own:
-        return None
-    frame = own[-1]
-    return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line}"
-
-
-def _explained(error: Exception) -> CaptureError:
-    where = user_location(error)
-    text = str(error)
-    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text[:400]:
-        return CaptureError(
-            describe(
-                "the model's Python code branches on the value of a tensor, so that one trace cannot hold it",
-                source=where,
-                got=text.splitlines()[0][:300],
-                try_="torch.where(condition, a, b) for a choice between values, "
-                "or torch.cond(condition, f, g, operands)",
-            )
-        )
-    if "onstraints violated" in text or "specialized" in text[:600]:
-        return CaptureError(
-            describe(
-                "the model fixes a size that dynamic_shapes declares dynamic, or ties it to another one",
-                got=_constraints(text),
-                source=where,
-                try_="leave that axis out of dynamic_shapes, or give it the range or relation named above",
-            )
-        )
-    return CaptureError(
-        describe(
-            f"torch.export cannot trace the model: {type(error).__name__}",
-            got=text.strip()[:1200] or "(no message)",
-            source=where,
-        )
-    )
-
-
-def _constraints(text: str) -> str:
-    """Return what torch says of the dynamic sizes, without its advice on options that fxopt does not have."""
-    told = text.partition("The error above occurred")[0]
-    lines = [line.partition(" If you're using mark_dynamic")[0].strip() for line in told.splitlines()]
-    return "\n".join(line for line in lines if line and "TORCH_LOGS" not in line)[:1200]

@@ -206,6 +206,7 @@ class _Folder:
     def _copy(self, node: Node, graph: torch.fx.Graph, env: Env) -> Node:
         """Copy a node, and before it what it reads: what a region is given may have been made just after it."""
         if node not in env:
+            assert node.target not in markers.MARKERS, f"{node} is read where it is not"
             for source in node.all_input_nodes:
                 self._copy(_unleft(source), graph, env)
             env[node] = graph.node_copy(node, lambda n: env[_unleft(n)])
@@ -345,6 +346,8 @@ def _reads(region: _Region) -> list[Node]:
 def _same_tensor(node: Node) -> Node | None:
     """Return the input that ``node`` hands back as it is (``x.to(x.dtype)``), which the trace takes for its result."""
     value, inputs = node.meta.get("val"), node.all_input_nodes
+    if "modes" in node.meta:
+        return None  # a dropout, which is its own input in one mode only
     source = inputs[0] if inputs and node.op == "call_function" else None
     before = source.meta.get("val") if source is not None else None
     if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor) or value.dtype != before.dtype:

@@ -19,7 +19,7 @@ from fxopt.control_flow.session import Where, refusal, session
 from fxopt.control_flow.state import State, trial
 from fxopt.control_flow.values import UNDEFINED, Differ, Undefined, map_leaves, pair_leaves
 
-__all__ = ["TracedRange", "for_", "while_"]
+__all__ = ["TracedRange", "for_", "trace_loop", "while_"]
 
 _LONGEST_UNROLLED = 10_000
 
@@ -34,7 +34,7 @@ def while_(asks: Callable[[], Any], body: Callable[[], Any], state: State, at: W
             if not _becomes_traced(asks, body, state, at):
                 body()
                 continue
-        _trace_loop(asks, body, state, at)
+        trace_loop(asks, body, state, at)
         return
     raise refusal(
         f"a loop did not end within {_LONGEST_UNROLLED:,} turns while it was traced",
@@ -52,7 +52,8 @@ def _becomes_traced(asks: Callable[[], Any], body: Callable[[], Any], state: Sta
         return is_traced(asks())
 
 
-def _trace_loop(asks: Callable[[], Any], body: Callable[[], Any], state: State, at: Where) -> None:
+def trace_loop(asks: Callable[[], Any], body: Callable[[], Any], state: State, at: Where) -> None:
+    """Trace the test and one turn of a loop, and bind every name to what it holds after the last."""
     here = session()
     start = _loop_start(asks, body, state, at)
     region = here.new_region(at)
@@ -287,4 +288,4 @@ def _traced_for(
 
     counter = "the counter of the loop"
     counted = State([counter, *state.names], [counter, *state.live], lambda: [count[0], *state.take()], put, state.seen)
-    _trace_loop(test, turn, counted, at)
+    trace_loop(test, turn, counted, at)

@@ -19,6 +19,7 @@ __all__ = [
     "Site",
     "Where",
     "in_branch",
+    "is_running",
     "place",
     "refusal",
     "running",
@@ -101,6 +102,11 @@ def session() -> Session:
     if not _CURRENT:
         raise RuntimeError("a function rewritten for capture is called outside a capture")
     return _CURRENT[-1]
+
+
+def is_running() -> bool:
+    """Return whether a trace that can hold branches and loops is running."""
+    return bool(_CURRENT)
 
 
 def in_branch() -> bool:

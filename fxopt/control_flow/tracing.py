@@ -17,6 +17,7 @@ from fxopt.control_flow import calls, runtime
 from fxopt.control_flow.arguments import call_with_numbers, holds_numbers
 from fxopt.control_flow.convert import RUNTIME, converted_code
 from fxopt.control_flow.heap import Heap
+from fxopt.control_flow.identity import may_hand_back, twins
 from fxopt.control_flow.indexing import get_item, holds_number, set_item
 from fxopt.control_flow.jumps import Unsupported
 from fxopt.control_flow.questions import is_known, is_traced
@@ -214,6 +215,8 @@ class _ValuesAsked(TorchFunctionMode):
             return get_item(*args)
         if name == "__setitem__" and (holds_number(args[1]) or isinstance(args[2], TracedNumber)):
             return set_item(*args)
+        if may_hand_back(name, args, kwargs):
+            args, kwargs = twins((args, kwargs))
         return call_with_numbers(func, args, kwargs) if holds_numbers((args, kwargs)) else func(*args, **kwargs)
 
 
