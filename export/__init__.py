@@ -12,6 +12,7 @@ from fxopt.export.session import Session, optimized_model
 from fxopt.export.to_onnx import to_onnx
 from fxopt.export.translate import translate
 from fxopt.export.validate import validate
+from fxopt.export.width_costs import width_costs
 
 __all__ = [
     "CoverageReport",
@@ -29,4 +30,5 @@ __all__ = [
     "translate",
     "translates",
     "validate",
+    "width_costs",
 ]

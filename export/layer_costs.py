@@ -24,7 +24,7 @@ from fxopt.export.coverage_table import KERNELS
 from fxopt.export.files import OnnxFile
 from fxopt.export.session import Session
 
-__all__ = ["layer_costs"]
+__all__ = ["TimedSession", "layer_costs"]
 
 _MARK = "fxopt#"  # ORT names a fused node after a node that it replaces, or after what it yields
 _HEAVY = ("conv", "linear", "matmul")
@@ -74,7 +74,7 @@ def _shortest(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data", size_threshold_bytes=1024)
-        session = _TimedSession(path, Path(folder) / "profile", threads)
+        session = TimedSession(path, Path(folder) / "profile", threads)
         given = drawn_inputs(session, sizes) if inputs is None else inputs
         try:
             for _ in range(runs):
@@ -84,7 +84,7 @@ def _shortest(
     return _times(events, layers)
 
 
-class _TimedSession(Session):
+class TimedSession(Session):
     """A session with all optimizations that writes the time of each kernel to a file of a name that is given."""
 
     def __init__(self, path: Path, prefix: Path, threads: int) -> None:

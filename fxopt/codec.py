@@ -18,7 +18,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy import functions
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from fxopt import attention_ops, dynamic_ops, quantized_ops, training_ops, weight_only_ops  # noqa: F401  (for files)
+from fxopt import (  # noqa: F401  (for files)
+    attention_ops,
+    dynamic_ops,
+    normalization_ops,
+    quantized_ops,
+    training_ops,
+    weight_only_ops,
+)
 from fxopt.errors import FileFormatError, describe
 from fxopt.graph_module import CapturedModule, Provenance
 

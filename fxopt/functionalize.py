@@ -18,6 +18,7 @@ import operator
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -27,6 +28,7 @@ from fxopt.effects import is_in_place
 from fxopt.errors import CaptureError, describe
 from fxopt.functional_regions import RegionWrites
 from fxopt.ops import UPDATE_BUFFER
+from fxopt.recurrent import shape_only
 from fxopt.regions import COND, WHILE_LOOP, region_value
 from fxopt.view_inverses import PART_INVERSES, VIEW_INVERSES
 
@@ -352,12 +354,14 @@ def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
     if target is COND or target is WHILE_LOOP:
         return region_value(target, args)
+    target = shape_only(target)
     nodes: list[torch.fx.Node] = []
     fakes = torch.fx.map_arg((args, kwargs), lambda node: nodes.append(node) or node.meta["val"])  # type: ignore[func-returns-value]  # None, so that `or` goes on
     mode = detect_fake_mode(fakes) or (fake_mode_of(nodes[0].graph) if nodes else None)
     if mode is None:
         return target(*fakes[0], **fakes[1])
-    with mode:
+    # Without torch's Python kernels some operators, such as pad, would tie a dynamic size to what it is now.
+    with mode, enable_python_dispatcher():
         return target(*fakes[0], **fakes[1])
 
 

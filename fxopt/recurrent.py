@@ -14,7 +14,7 @@ import torch
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["RECURRENT_OPERATORS", "WholeRecurrentLayers"]
+__all__ = ["RECURRENT_OPERATORS", "WholeRecurrentLayers", "shape_only"]
 
 _LIBRARY = torch.library.Library("fxopt_trace", "DEF")
 _OPTIONS = "bool has_biases, int num_layers, float dropout, bool train, bool bidirectional, bool batch_first"
@@ -44,6 +44,14 @@ RECURRENT_OPERATORS: dict[OpOverload, OpOverload] = {
     torch.ops.fxopt_trace.rnn_tanh.default: torch.ops.aten.rnn_tanh.input,
     torch.ops.fxopt_trace.rnn_relu.default: torch.ops.aten.rnn_relu.input,
 }
+_SHAPES_ONLY = {operator: stand_in for stand_in, operator in RECURRENT_OPERATORS.items()}
+
+
+def shape_only(target: Any) -> Any:
+    """Return what to call with fake tensors in place of ``target``: a stand-in for a recurrent layer, else itself."""
+    return _SHAPES_ONLY.get(target, target)
+
+
 _STAND_INS = {
     torch._VF.lstm: torch.ops.fxopt_trace.lstm,
     torch._VF.gru: torch.ops.fxopt_trace.gru,

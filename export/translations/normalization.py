@@ -9,6 +9,7 @@ import torch
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
+from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 
 aten = torch.ops.aten
 
@@ -201,3 +202,49 @@ def instance_norm(
     scale = _filled(emit, 1.0, channels, dtype) if weight is None else weight
     shift = _filled(emit, 0.0, channels, dtype) if bias is None else bias
     return emit("InstanceNormalization", x, scale, shift, epsilon=float(eps))
+
+
+@translates(MASKED_LAYER_NORM)
+def masked_layer_norm(
+    emit: Emitter, x: Value, mask: Value, weight: Value | None, bias: Value | None, eps: float
+) -> Value:
+    wide = _single_or_double(emit, x)
+    kept = emit("ReduceSum", emit.cast(mask, dtype_of(wide)), keepdims=1)
+    normed = emit.cast(_standardized_where(emit, wide, mask, kept, [rank(x) - 1], eps), dtype_of(x))
+    emit.set_dims(normed, dims(x))
+    normed = normed if weight is None else emit("Mul", normed, emit.cast(weight, dtype_of(x)), dims=dims(x))
+    return normed if bias is None else emit("Add", normed, emit.cast(bias, dtype_of(x)))
+
+
+@translates(MASKED_GROUP_NORM)
+def masked_group_norm(
+    emit: Emitter, x: Value, mask: Value, groups: int, weight: Value | None, bias: Value | None, eps: float
+) -> Value:
+    """One row for each group: its channels, and all of their places side by side."""
+    batch, channels, *rest = dims(x)
+    if not isinstance(channels, int):
+        raise NotTranslated("the number of channels is dynamic")
+    wide = emit.reshape(_single_or_double(emit, x), (batch, groups, channels // groups, product(rest)))
+    column = emit.reshape(mask, (groups, channels // groups, 1))
+    channels_kept = emit("ReduceSum", emit.cast(column, dtype_of(wide)), [1], keepdims=1)
+    kept = emit("Mul", channels_kept, emit.number(product(rest), dtype_of(wide)))
+    normed = emit.cast(_standardized_where(emit, wide, column, kept, [2, 3], eps), dtype_of(x))
+    emit.set_dims(normed, dims(wide))
+    return _scaled(emit, emit.reshape(normed, dims(x)), weight, bias, channels)
+
+
+def _single_or_double(emit: Emitter, x: Value) -> Value:
+    return x if dtype_of(x) is torch.float64 else emit.cast(x, torch.float32)
+
+
+def _standardized_where(emit: Emitter, x: Value, mask: Value, kept: Value, axes: list[int], eps: float) -> Value:
+    """Return ``x`` with mean 0 and variance 1 over ``axes`` of what the mask keeps, and 0 elsewhere.
+
+    ``kept`` is how many elements that are; 0 counts as 1.
+    """
+    zero = emit.number(0.0, dtype_of(x))
+    number = emit("Max", kept, emit.number(1.0, dtype_of(x)))
+    mean = emit("Div", emit("ReduceSum", emit("Where", mask, x, zero), axes, keepdims=1), number)
+    centred = emit("Where", mask, emit("Sub", x, mean), zero)
+    variance = emit("Div", emit("ReduceSum", emit("Mul", centred, centred), axes, keepdims=1), number)
+    return emit("Div", centred, emit("Sqrt", emit("Add", variance, eps)), dims=dims(x))
