@@ -3,6 +3,7 @@
 from fxopt.pass_base import Pass
 from fxopt.passes import branches as _branches
 from fxopt.passes import cleanup as _cleanup
+from fxopt.passes import prune as _prune
 from fxopt.passes import quantize as _quantize
 from fxopt.passes.branches import (
     BranchCount,
@@ -22,6 +23,18 @@ from fxopt.passes.cleanup import (
     RemoveDeadCode,
     RemoveIdentities,
     SimplifyAlgebra,
+)
+from fxopt.passes.prune import (
+    BakeMasks,
+    Cubic,
+    InsertMasks,
+    Iterative,
+    MaskPlan,
+    OneShot,
+    Prune,
+    Pruner,
+    ShrinkMasked,
+    fine_tune,
 )
 from fxopt.passes.quantize import (
     AdaRound,
@@ -44,7 +57,7 @@ from fxopt.passes.quantize import (
     SplitOutliers,
 )
 
-PASSES: tuple[type[Pass], ...] = (*_branches.PASSES, *_cleanup.PASSES, *_quantize.PASSES)
+PASSES: tuple[type[Pass], ...] = (*_branches.PASSES, *_cleanup.PASSES, *_prune.PASSES, *_quantize.PASSES)
 
 # What ``optimize(model)`` runs: identities first, so that batch norms stand next to their layers; dead code last.
 DEFAULT: tuple[Pass, ...] = (
@@ -60,6 +73,7 @@ __all__ = [
     "DEFAULT",
     "PASSES",
     "AdaRound",
+    "BakeMasks",
     "BinarizeWeights",
     "BranchCount",
     "BranchProfile",
@@ -67,6 +81,7 @@ __all__ = [
     "CodebookWeights",
     "ConvertQat",
     "CorrectBias",
+    "Cubic",
     "Dispatch",
     "EqualizeChannels",
     "FoldBatchNorm",
@@ -74,10 +89,16 @@ __all__ = [
     "FreezeMode",
     "FuseAttention",
     "Gptq",
+    "InsertMasks",
     "InsertQdq",
+    "Iterative",
     "LowerForIntegers",
+    "MaskPlan",
     "MergeCommonSubexpressions",
+    "OneShot",
     "PrepareQat",
+    "Prune",
+    "Pruner",
     "QuantPlan",
     "QuantSpec",
     "Quantize",
@@ -85,11 +106,13 @@ __all__ = [
     "QuantizeWeights",
     "RemoveDeadCode",
     "RemoveIdentities",
+    "ShrinkMasked",
     "SimplifyAlgebra",
     "SimplifyBranches",
     "SinkConstants",
     "SmoothQuant",
     "SpecializeBranches",
     "SplitOutliers",
+    "fine_tune",
     "profile_branches",
 ]
