@@ -14,6 +14,11 @@ BENCHMARKS = {
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
     "low_bit_digits": "weights of 1 to 4 bits on real digits: tables, signs, ternary, before and after training",
+    "prune_tasks": "trained nets pruned to half and a quarter, fine-tuned, timed in ORT, beside Torch-Pruning",
+    "prune_torchvision": "every torchvision classifier pruned to half of its channels, beside Torch-Pruning",
+    "prune_latency": "pruned to budgets of time: what is predicted, and what the files take in ORT",
+    "prune_certificate": "random masks of many nets, shrunk and compared with the masked graph",
+    "prune_scaling": "time to find what can be pruned, to mask and to shrink, for 100 to 10,000 nodes",
     "qat_digits": "few bits on real digits: quantized after training, and trained with quantizers",
     "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
@@ -22,6 +27,8 @@ BENCHMARKS = {
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
 }
 
+WITH_MODELS = ("quantization", "prune_certificate", "prune_latency", "prune_tasks", "prune_torchvision")
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the measurements that the command line names."""
@@ -29,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name", help=f"one of {', '.join(BENCHMARKS)}; all if not given")
     parser.add_argument("--quick", action="store_true", help="leave out the sizes that take minutes")
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
-    only = parser.add_argument_group("of quantization only")
+    only = parser.add_argument_group("of one benchmark")
     only.add_argument("--models", type=_names, default=(), metavar="a,b", help="these models; else those of real data")
     only.add_argument("--tools", type=_names, default=(), metavar="x,y", help="these tools; all if not given")
     only.add_argument("--random", action="store_true", help="architectures with random weights: latency and coverage")
@@ -39,14 +46,16 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there is {', '.join(BENCHMARKS)}")
     options = {name: getattr(chosen, name) for name in ("models", "tools", "random", "threads")}
-    if any(options.values()) and chosen.names != ["quantization"]:
-        parser.error("--models, --tools, --random and --threads go with the one name quantization")
+    taken = {name: tuple(options) if name == "quantization" else ("models",) for name in WITH_MODELS}
+    given = {name for name, value in options.items() if value}
+    if given and (len(chosen.names) != 1 or not given <= set(taken.get(chosen.names[0], ()))):
+        parser.error("--models goes with one name of " + ", ".join(WITH_MODELS) + "; the others with quantization")
     console = Console()
     for name in chosen.names or BENCHMARKS:
         console.print(f"{name}: {BENCHMARKS[name]}", highlight=False)
         if not chosen.list:
             importlib.import_module(f"tests.bench.{name}").main(
-                console, quick=chosen.quick, **(options if name == "quantization" else {})
+                console, quick=chosen.quick, **{option: options[option] for option in taken.get(name, ())}
             )
 
 

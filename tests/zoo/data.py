@@ -90,8 +90,16 @@ def tones() -> tuple[Tensor, Tensor]:
     The pitches lie evenly in cents from 60 to 1500 Hz; a tone is a sine, a saw or a clarinet (odd harmonics), with
     noise 20 dB below it.
     """
-    rng = np.random.default_rng(0)
-    hertz = np.geomspace(60.0, 1500.0, 240)
+    return _tones(np.geomspace(60.0, 1500.0, 240), np.random.default_rng(0))
+
+
+def other_tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return tones like :func:`tones`, of pitches drawn from the same range, to train with."""
+    rng = np.random.default_rng((seed, 1))
+    return _tones(60.0 * 25.0 ** rng.uniform(size=count), rng)
+
+
+def _tones(hertz: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     seconds = np.arange(1024) / 16000.0
     frames = []
     for index, pitch_hz in enumerate(hertz):
@@ -103,6 +111,16 @@ def tones() -> tuple[Tensor, Tensor]:
     audio = torch.tensor(np.stack(frames))
     audio = (audio - audio.mean(1, keepdim=True)) / audio.std(1, keepdim=True)
     return audio.float(), torch.tensor(hertz)
+
+
+def salience_of(hertz: Tensor) -> Tensor:
+    """Return what a pitch net is to yield, f32[n, 360]: a bell with a deviation of 25 cents around the pitch.
+
+    Source: Kim et al., CREPE, ICASSP 2018, equation 3.
+    """
+    cents = 1200 * torch.log2(hertz / 10)
+    bins = 1997.3794084376191 + 20 * torch.arange(360, dtype=torch.float64)
+    return (-((bins - cents[:, None]) ** 2) / (2 * 25.0**2)).exp().float()
 
 
 def pitch(salience: Tensor) -> Tensor:

@@ -1,0 +1,212 @@
+"""Trained nets pruned to a share of their multiply-accumulates or of their time, fine-tuned, and run in ORT.
+
+Beside Torch-Pruning (``pip install torch-pruning``) with the same importance (L2 of a group's weights), data, epochs,
+optimizer and seed; its share is the smallest with which the multiply-accumulates fit. All are counted by torch's own
+counter of operations. The rows "time" get the time that the row of multiply-accumulates above took, divided by 1.25, as
+their budget, so both can be compared at equal scores. Times are of one row on one thread: medians of runs in turn.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxopt
+from fxopt.export import to_onnx, width_costs
+from fxopt.passes import Prune
+from tests.bench.zoo_table import one_thread, write_row
+from tests.zoo import data, weights
+from tests.zoo.real import eager
+
+HEADER = ("net", "pruned to", "tool", "score", "MACs", "parameters", "ms", "times as fast", "predicted")
+SHARES = (0.5, 0.25)
+SPEEDUP = 1.25
+RUNS, SEED, BATCH = 400, 0, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A trained net, data to fine-tune it with, and what it scores on other data.
+
+    Attributes:
+        load: Returns the net in evaluation, with the trained weights.
+        train: Inputs and targets.
+        loss: Of outputs and targets.
+        score: Of a function from inputs to a tuple of outputs; 1.0 is perfect.
+        epochs: Over the training data.
+        rate: Learning rate of Adam.
+    """
+
+    load: Callable[[], nn.Module]
+    train: tuple[Tensor, Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+    score: Callable[[Any], float]
+    epochs: int
+    rate: float
+
+
+def tasks() -> dict[str, Task]:
+    """Return the nets by name."""
+    images, labels = data.digits()
+    frames, hertz = data.other_tones(1920, SEED)
+
+    def digits(predict: Any) -> float:
+        (logits,) = predict(images[4000:])
+        return float((logits.argmax(1) == labels[4000:]).double().mean())
+
+    def tones(predict: Any) -> float:
+        held, wanted = data.tones()
+        cents = 1200 * torch.log2(data.pitch(predict(held)[0]) / wanted)
+        return float((cents.abs() <= 25).double().mean())
+
+    return {
+        "mnist_cnn": Task(weights.mnist_cnn, (images[:4000], labels[:4000]), F.cross_entropy, digits, 4, 5e-4),
+        "crepe_tiny": Task(
+            lambda: weights.crepe("tiny"), (frames, data.salience_of(hertz)), F.binary_cross_entropy, tones, 6, 5e-4
+        ),
+    }
+
+
+def fine_tune(model: nn.Module, task: Task) -> None:
+    """Train with Adam; the same order of the same batches for every tool."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), task.rate)
+    draw = torch.Generator().manual_seed(SEED)
+    inputs, targets = task.train
+    for _ in range(task.epochs):
+        for rows in torch.randperm(len(inputs), generator=draw).split(BATCH):
+            optimizer.zero_grad()
+            task.loss(model(inputs[rows]), targets[rows]).backward()
+            optimizer.step()
+    model.eval()
+
+
+def operations(model: nn.Module, row: Tensor) -> int:
+    """Return the operations of one row, by torch's counter."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(row)
+    return int(counter.get_total_flops())
+
+
+def captured(model: nn.Module, task: Task) -> fxopt.CapturedModule:
+    """Return the net as a graph of both modes."""
+    return fxopt.capture(model, (task.train[0][:2],), dynamic_shapes=({0: "batch"},))
+
+
+def with_fxopt(task: Task, budget: str) -> tuple[fxopt.CapturedModule, float | None]:
+    """Prune to a budget, fine-tune with the masks, shrink; return the net and the time that was predicted for it."""
+    gm = captured(task.load(), task)
+    costs = width_costs if budget.startswith("latency") else None
+    masked = fxopt.optimize(gm, passes=[Prune(budget=budget, costs=costs, multiple=1)], check="off", strict=True)
+    fine_tune(masked, task)
+    shrunk = fxopt.optimize(masked, passes=["shrink-masked"], strict=True)
+    return shrunk, float(budget.partition(":")[2]) if costs else None
+
+
+def with_torch_pruning(task: Task, share: float) -> nn.Module:
+    """Prune with the smallest share of channels that fits, and fine-tune."""
+    import torch_pruning as tp
+
+    row = task.train[0][:1]
+    full = task.load()
+    most = share * operations(full, row)
+    low, high = 0.0, 0.95
+    found: nn.Module | None = None
+    for _ in range(9):
+        ratio = (low + high) / 2
+        model = copy.deepcopy(full)
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        pruner = tp.pruner.BasePruner(
+            model, row, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=[last]
+        )
+        pruner.step()
+        if operations(model, row) <= most:
+            found, high = model, ratio
+        else:
+            low = ratio
+    assert found is not None
+    fine_tune(found, task)
+    return found
+
+
+def in_turn(files: Sequence[Path], row: Tensor) -> list[float]:
+    """Return the median milliseconds of each file on one row, run in turn."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    sessions = [onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
+    feeds = [{session.get_inputs()[0].name: np.asarray(row)} for session in sessions]
+    times: list[list[float]] = [[] for _ in files]
+    for _ in range(RUNS):
+        for at, (session, feed) in enumerate(zip(sessions, feeds, strict=True)):
+            started = time.perf_counter()
+            session.run(None, feed)
+            times[at].append((time.perf_counter() - started) * 1e3)
+    return [statistics.median(each) for each in times]
+
+
+def _measured(name: str, task: Task, console: Console, folder: Path, shares: Sequence[float]) -> None:
+    row = task.train[0][:1]
+    plain = task.load()
+    whole, size = operations(plain, row), sum(p.numel() for p in plain.parameters())
+    files = [folder / "fp32.onnx"]
+    to_onnx(fxopt.optimize(captured(plain, task)), files[0])
+    rows: list[tuple[str, str, nn.Module, float | None]] = [("100 %", "none", plain, None)]
+
+    def add(pruned_to: str, tool: str, model: nn.Module, predicted: float | None = None) -> None:
+        gm = model if isinstance(model, fxopt.CapturedModule) else captured(model, task)
+        files.append(folder / f"{len(files)}.onnx")
+        to_onnx(fxopt.optimize(gm), files[-1])
+        rows.append((pruned_to, tool, model, predicted))
+
+    for share in shares:
+        if importlib.util.find_spec("torch_pruning") is not None:
+            add(f"{share:.0%} of MACs", "Torch-Pruning", with_torch_pruning(task, share))
+        add(f"{share:.0%} of MACs", "fxopt", with_fxopt(task, f"macs:{share}")[0])
+        first, last = in_turn([files[0], files[-1]], row)
+        wanted = max(round(last / first / SPEEDUP, 3), 0.05)
+        add(f"{wanted:.0%} of time", "fxopt", *with_fxopt(task, f"latency:{wanted}"))
+    times = in_turn(files, row)
+    for (pruned_to, tool, model, predicted), ms in zip(rows, times, strict=True):
+        write_row(
+            console,
+            (
+                name,
+                pruned_to,
+                tool,
+                f"{task.score(eager(model)):.4f}",
+                f"{operations(model, row) / whole:.2f}",
+                f"{sum(p.numel() for p in model.parameters()) / size:.2f}",
+                f"{ms:.3f}",
+                f"{times[0] / ms:.2f}",
+                "" if predicted is None else f"{1 / predicted:.2f}",
+            ),
+        )
+
+
+def main(console: Console | None = None, *, quick: bool = False, models: Sequence[str] = ()) -> None:
+    """Print the table, as Markdown."""
+    console = console or Console()
+    write_row(console, HEADER)
+    write_row(console, ("---",) * len(HEADER))
+    with one_thread(), tempfile.TemporaryDirectory() as folder:
+        for name, task in tasks().items():
+            if name in (models or tasks()):
+                torch.manual_seed(SEED)
+                _measured(name, task, console, Path(folder), SHARES[:1] if quick else SHARES)
