@@ -14,7 +14,7 @@ from fxopt.passes import DEFAULT, PASSES
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "README.md").read_text()
-NET_CODE, EXAMPLE_CODE, BRANCH_NET_CODE, BRANCH_CODE, INTEGER_CODE = re.findall(
+NET_CODE, EXAMPLE_CODE, BRANCH_NET_CODE, BRANCH_CODE, INTEGER_CODE, PRUNING_CODE = re.findall(
     r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
 )
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -80,6 +80,23 @@ def test_integer_example_runs_in_integers(folder, capsys):
     assert "conv_weight" in said
     assert coverage(folder / "int8.onnx").integer_share == 1.0
     assert any("within the budget" in note for note in names["tuned"].report.steps[-1].notes)
+
+
+@pytest.mark.ort
+def test_pruning_example_shrinks_the_net(folder, capsys):
+    from fxopt.export import Session
+
+    names = {"__name__": "example"}
+    exec(compile(PRUNING_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "0 above 1e-04, 0 masked groups not removed" in said
+    assert re.search(r"conv.weight .* of 16 rows masked", said)
+    for net in ("small", "trained"):
+        assert dict(names[net].named_parameters())["conv.weight"].shape == (8, 3, 3, 3)
+    images = torch.randn(7, 3, 32, 32)
+    (scores,) = Session(folder / "small.onnx").run([images])
+    with torch.no_grad():
+        torch.testing.assert_close(scores, names["small"](images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.ort
