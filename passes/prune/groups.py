@@ -48,8 +48,8 @@ class Family:
     """Groups that touch the same axes of the same parameters.
 
     Attributes:
-        name: Of the parameter that makes its values, such as ``"layer1.0.conv1.weight"``; with ``"#2"`` and so on behind
-            it if rows of that parameter are in several families.
+        name: Of the parameter that makes its values, such as ``"layer1.0.conv1.weight"``; with ``"#2"`` behind it, and
+            so on, if rows of that parameter are in several families.
         groups: The groups, in the order of their first places.
         is_heads: Whether each group is a head of attention.
     """

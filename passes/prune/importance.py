@@ -82,10 +82,8 @@ def group_scores(
         return _finite(found, importance)
     if importance == "batch-norm":
         gains = _gains(gm)
-        measured = {f.name: _summed(gm, f, gains) for f in families if any(name in gains for name, _ in f.axes)}
-        return _finite(measured, importance)
-    terms = _terms(gm, importance, data, loss, seed)
-    sums = {f.name: _summed(gm, f, terms) for f in families if _first_names(gm, f) & terms.keys()}
+        return _finite(_sums(gm, families, gains), importance)
+    sums = _sums(gm, families, _terms(gm, importance, data, loss, seed))
     if importance == "l2":
         return {name: each.sqrt() for name, each in sums.items()}
     return {name: each.square() for name, each in sums.items()} if importance == "taylor" else sums
@@ -127,23 +125,26 @@ def _finite(scores: dict[str, torch.Tensor], importance: Importance) -> dict[str
     return scores
 
 
-def _first_names(gm: CapturedModule, family: Family) -> set[str]:
-    """Return the first names of the parameters that a family touches: a tied one may be read under another."""
-    first = {id(parameter): name for name, parameter in gm.named_parameters()}
-    return {first[key] for name, _ in family.axes if (key := id(get_path(gm, name))) in first}
+def _sums(
+    gm: CapturedModule, families: Iterable[Family], scores: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the sum of the scores of all weights of each group, f32[groups], by name of the family.
 
-
-def _summed(gm: CapturedModule, family: Family, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the sum of the scores of all weights of each group, f32[groups]."""
+    A tied parameter may be read under another name than it is scored under. A family without scores is left out.
+    """
     by_tensor = {id(get_path(gm, name)): score for name, score in scores.items()}
-    found = torch.zeros(len(family.groups))
-    for at, (name, dim) in enumerate(family.axes):
-        score = by_tensor.get(id(get_path(gm, name)))
-        if score is None:
-            continue
-        rows = score.movedim(dim, 0).flatten(1).sum(dim=1) if score.ndim > 1 else score
-        places = torch.tensor([group.parts[at].places for group in family.groups])
-        found += rows.cpu()[places].sum(dim=1)
+    found: dict[str, torch.Tensor] = {}
+    for family in families:
+        sums = torch.zeros(len(family.groups))
+        scored = False
+        for at, (name, dim) in enumerate(family.axes):
+            score = by_tensor.get(id(get_path(gm, name)))
+            if score is not None:
+                scored = True
+                rows = score.movedim(dim, 0).flatten(1).sum(dim=1) if score.ndim > 1 else score
+                sums += rows.cpu()[torch.tensor([group.parts[at].places for group in family.groups])].sum(dim=1)
+        if scored:
+            found[family.name] = sums
     return found
 
 

@@ -129,8 +129,7 @@ def _insert(rw: Rewriter, reads: list[torch.fx.Node], name: str, mask: torch.Ten
     users = [(user, node) for node in reads for user in node.users if masked_parts(user) is None]
     if not users:
         return
-    order = {node: place for place, node in enumerate(reads[0].graph.nodes)}
-    first, read = min(users, key=lambda pair: order[pair[0]])
+    first, read = min(users, key=lambda pair: pair[0])  # nodes compare by their place in the graph
     kept = rw.constant(f"{name}_mask", mask, near=first, why=why)
     masked = rw.insert_call(aten.mul.Tensor, (read, kept), before=first, why=why, sources=[read])
     for user, node in users:

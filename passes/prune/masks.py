@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import pickle
+import zlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -16,7 +17,7 @@ from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 from fxopt.ops import UPDATE_BUFFER
 
-__all__ = ["MaskPlan", "is_masked", "masked_parts", "masked_products", "norm_masks"]
+__all__ = ["MaskPlan", "compressed_sizes", "is_masked", "masked_parts", "masked_products", "norm_masks"]
 
 aten = torch.ops.aten
 
@@ -187,12 +188,8 @@ def masked_parts(node: torch.fx.Node) -> tuple[torch.fx.Node, torch.fx.Node] | N
 
 
 def _is_written(buffer: torch.fx.Node) -> bool:
-    return any(
-        node.target is UPDATE_BUFFER
-        and isinstance(node.args[0], torch.fx.Node)
-        and node.args[0].target == buffer.target
-        for node in buffer.graph.nodes
-    )
+    writes = buffer.graph.find_nodes(op="call_function", target=UPDATE_BUFFER)
+    return any(isinstance(at := node.args[0], torch.fx.Node) and at.target == buffer.target for node in writes)
 
 
 def masked_products(gm: torch.fx.GraphModule) -> Iterator[tuple[torch.fx.Node, torch.fx.Node]]:
@@ -201,6 +198,16 @@ def masked_products(gm: torch.fx.GraphModule) -> Iterator[tuple[torch.fx.Node, t
         for node in list(module.graph.nodes):
             if (parts := masked_parts(node)) is not None:
                 yield parts
+
+
+def compressed_sizes(gm: torch.fx.GraphModule) -> tuple[int, int]:
+    """Return the bytes of all masked weights, and what zlib makes of them."""
+    whole = compressed = 0
+    for weight, _ in masked_products(gm):
+        numbers = _read(weight).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        whole += len(numbers)
+        compressed += len(zlib.compress(numbers, 1))
+    return whole, compressed
 
 
 def norm_masks(gm: torch.fx.GraphModule) -> Iterator[tuple[str, torch.fx.Node]]:

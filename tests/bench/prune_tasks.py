@@ -169,6 +169,10 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
     to_onnx(fxopt.optimize(captured(plain, task)), files[0])
     rows: list[tuple[str, str, nn.Module, float | None]] = [("100 %", "none", plain, None)]
 
+    def fails(pruned_to: str, tool: str, error: Exception) -> None:
+        reason = f"FAILS: {type(error).__name__}: {' '.join(str(error).split())[:120]}".replace("|", "/")
+        write_row(console, (name, pruned_to, tool, reason, *("",) * 5))
+
     def add(pruned_to: str, tool: str, model: nn.Module, predicted: float | None = None) -> None:
         gm = model if isinstance(model, fxopt.CapturedModule) else captured(model, task)
         files.append(folder / f"{len(files)}.onnx")
@@ -177,7 +181,10 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
 
     for share in shares:
         if importlib.util.find_spec("torch_pruning") is not None:
-            add(f"{share:.0%} of MACs", "Torch-Pruning", with_torch_pruning(task, share))
+            try:
+                add(f"{share:.0%} of MACs", "Torch-Pruning", with_torch_pruning(task, share))
+            except Exception as error:  # whatever a peer raises is its result
+                fails(f"{share:.0%} of MACs", "Torch-Pruning", error)
         add(f"{share:.0%} of MACs", "fxopt", with_fxopt(task, f"macs:{share}")[0])
         first, last = in_turn([files[0], files[-1]], row)
         wanted = max(round(last / first / SPEEDUP, 3), 0.05)
