@@ -2,14 +2,16 @@
 
 Beside Torch-Pruning (``pip install torch-pruning``) with the same importance (L2 of a group's weights), data, epochs,
 optimizer and seed; its share is the smallest with which the multiply-accumulates fit. All are counted by torch's own
-counter of operations. The rows "time" get the time that the row of multiply-accumulates above took, divided by 1.25, as
-their budget, so both can be compared at equal scores. Times are of one row on one thread: medians of runs in turn.
+counter of operations. Scores are those of the files in ORT. The rows of a share of time have the time that the row of
+multiply-accumulates above took, divided by 1.25, as their budget, so both can be compared at equal scores; the net of
+such a row is quantized as well. Times are of one row on one thread: medians of runs in turn.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 import statistics
 import tempfile
@@ -27,13 +29,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxopt
-from fxopt.export import to_onnx, width_costs
+from fxopt.export import Session, to_onnx, width_costs
 from fxopt.passes import Prune
 from tests.bench.zoo_table import one_thread, write_row
 from tests.zoo import data, weights
-from tests.zoo.real import eager
 
-HEADER = ("net", "pruned to", "tool", "score", "MACs", "parameters", "ms", "times as fast", "predicted")
+HEADER = ("net", "pruned to", "tool", "score", "MACs", "parameters", "KiB", "ms", "times as fast", "predicted")
 SHARES = (0.5, 0.25)
 SPEEDUP = 1.25
 RUNS, SEED, BATCH = 400, 0, 64
@@ -119,8 +120,11 @@ def with_fxopt(task: Task, budget: str) -> tuple[fxopt.CapturedModule, float | N
     return shrunk, float(budget.partition(":")[2]) if costs else None
 
 
-def with_torch_pruning(task: Task, share: float) -> nn.Module:
-    """Prune with the smallest share of channels that fits, and fine-tune."""
+def with_torch_pruning(task: Task, share: float, *, hint: bool) -> nn.Module:
+    """Prune with the smallest share of channels that fits, and fine-tune.
+
+    A hint leaves the last convolution alone, for nets whose code has the number of its channels in it.
+    """
     import torch_pruning as tp
 
     row = task.train[0][:1]
@@ -131,9 +135,10 @@ def with_torch_pruning(task: Task, share: float) -> nn.Module:
     for _ in range(9):
         ratio = (low + high) / 2
         model = copy.deepcopy(full)
-        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+        last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+        last += [module for module in model.modules() if isinstance(module, nn.Conv2d)][-1:] if hint else []
         pruner = tp.pruner.BasePruner(
-            model, row, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=[last]
+            model, row, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=ratio, ignored_layers=last
         )
         pruner.step()
         if operations(model, row) <= most:
@@ -143,6 +148,10 @@ def with_torch_pruning(task: Task, share: float) -> nn.Module:
     assert found is not None
     fine_tune(found, task)
     return found
+
+
+def _run(session: Session, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(session.run(inputs))
 
 
 def in_turn(files: Sequence[Path], row: Tensor) -> list[float]:
@@ -171,7 +180,7 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
 
     def fails(pruned_to: str, tool: str, error: Exception) -> None:
         reason = f"FAILS: {type(error).__name__}: {' '.join(str(error).split())[:120]}".replace("|", "/")
-        write_row(console, (name, pruned_to, tool, reason, *("",) * 5))
+        write_row(console, (name, pruned_to, tool, reason, *("",) * 6))
 
     def add(pruned_to: str, tool: str, model: nn.Module, predicted: float | None = None) -> None:
         gm = model if isinstance(model, fxopt.CapturedModule) else captured(model, task)
@@ -182,24 +191,31 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
     for share in shares:
         if importlib.util.find_spec("torch_pruning") is not None:
             try:
-                add(f"{share:.0%} of MACs", "Torch-Pruning", with_torch_pruning(task, share))
+                add(f"{share:.0%} of MACs", "Torch-Pruning", with_torch_pruning(task, share, hint=False))
             except Exception as error:  # whatever a peer raises is its result
                 fails(f"{share:.0%} of MACs", "Torch-Pruning", error)
+                add(f"{share:.0%} of MACs", "Torch-Pruning, hint", with_torch_pruning(task, share, hint=True))
         add(f"{share:.0%} of MACs", "fxopt", with_fxopt(task, f"macs:{share}")[0])
         first, last = in_turn([files[0], files[-1]], row)
         wanted = max(round(last / first / SPEEDUP, 3), 0.05)
-        add(f"{wanted:.0%} of time", "fxopt", *with_fxopt(task, f"latency:{wanted}"))
+        small, predicted = with_fxopt(task, f"latency:{wanted}")
+        add(f"{wanted:.0%} of time", "fxopt", small, predicted)
+        integers = fxopt.optimize(small, passes=["quantize"], calibration=[(task.train[0][:256],)], strict=True)
+        files.append(folder / f"{len(files)}.onnx")
+        to_onnx(integers, files[-1])
+        rows.append((f"{wanted:.0%} of time, int8", "fxopt", small, None))
     times = in_turn(files, row)
-    for (pruned_to, tool, model, predicted), ms in zip(rows, times, strict=True):
+    for (pruned_to, tool, model, predicted), ms, file in zip(rows, times, files, strict=True):
         write_row(
             console,
             (
                 name,
                 pruned_to,
                 tool,
-                f"{task.score(eager(model)):.4f}",
+                f"{task.score(functools.partial(_run, Session(file))):.4f}",
                 f"{operations(model, row) / whole:.2f}",
                 f"{sum(p.numel() for p in model.parameters()) / size:.2f}",
+                f"{sum(part.stat().st_size for part in file.parent.glob(file.name + '*')) / 1024:.0f}",
                 f"{ms:.3f}",
                 f"{times[0] / ms:.2f}",
                 "" if predicted is None else f"{1 / predicted:.2f}",
