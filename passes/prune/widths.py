@@ -26,7 +26,7 @@ __all__ = ["Choice", "Size", "Widths", "sample_shapes", "width_options"]
 Choice = Sequence[int]
 """For each family the number of its width among its options."""
 
-_OPTIONS = 8
+_OPTIONS = 9  # eighths: a half and a quarter are among them
 _VECTOR = 8  # channels that a kernel takes at once
 _WIDE = 32  # groups from which on a family has no other widths than multiples of that
 
