@@ -33,7 +33,7 @@ class Constants:
     Attributes:
         structure: The index maps of the graph.
         values: The number that each index holds throughout, f64; NaN if there is none.
-        known: The values of the nodes that depend on parameters and buffers alone.
+        known: The values of the nodes that depend on parameters and buffers alone, on the CPU.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -80,7 +80,7 @@ class Constants:
         if node.op != "get_attr":
             return None
         found: torch.Tensor = get_path(self.structure.module, str(node.target))
-        return found.detach()
+        return found.detach().cpu()
 
     def hand_on(self, node: torch.fx.Node) -> None:
         """Take over the constants that a node only moves from one index to another."""
@@ -111,7 +111,7 @@ class Constants:
         """Return what a node yields if that depends on no input, no chance and nothing that the graph writes."""
         if node.op == "get_attr":
             found = get_path(self.structure.module, str(node.target))
-            return found.detach() if isinstance(found, torch.Tensor) and id(found) not in written else None
+            return found.detach().cpu() if isinstance(found, torch.Tensor) and id(found) not in written else None
         fake = node.meta.get("val")
         if node.op != "call_function" or not isinstance(fake, torch.Tensor) or not is_pure(node) or is_random(node):
             return None
@@ -124,7 +124,7 @@ class Constants:
         with torch.no_grad():
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: self.known[source])
             result = node.target(*args, **kwargs)  # type: ignore[operator]  # a call_function's target is callable
-        return result if isinstance(result, torch.Tensor) else None
+        return result.cpu() if isinstance(result, torch.Tensor) else None
 
     def _take(self, node: torch.fx.Node, tensor: torch.Tensor) -> None:
         for dim, axis in enumerate(self.structure.axes(node)):

@@ -92,6 +92,7 @@ class Cut:
         """Add numbers to the bias of a layer, f32[rows that stay]; a layer without bias gets one."""
         bias = arg(node, "bias")
         weight = arg(node, "weight")
+        added = added.to(node.meta["val"].device)
         trains = weight.op == "get_attr" and isinstance(self._resizing.tensor(weight), torch.nn.Parameter)
         if bias is None:
             new = self._resizing.constant(f"{weight.name}_bias", added, near=node, trainable=trains)
@@ -110,5 +111,6 @@ class Cut:
         tensor = self._resizing.tensor(node).detach()
         for dim, axis in enumerate(self.structure.axes(node)):
             if axis is not None and self.loses(axis):
-                tensor = tensor.index_select(dim, torch.from_numpy(np.flatnonzero(~self.removal.removed(axis))))
+                stays = torch.from_numpy(np.flatnonzero(~self.removal.removed(axis)))
+                tensor = tensor.index_select(dim, stays.to(tensor.device))
         self._resizing.set_tensor(node, tensor)
