@@ -64,7 +64,7 @@ class Task:
 def tasks() -> dict[str, Task]:
     """Return the nets by name."""
     images, labels = data.digits()
-    frames, hertz = data.other_tones(1920, SEED)
+    frames, hertz = data.other_tones(3840, SEED)
 
     def digits(predict: Any) -> float:
         (logits,) = predict(images[4000:])
@@ -78,7 +78,7 @@ def tasks() -> dict[str, Task]:
     return {
         "mnist_cnn": Task(weights.mnist_cnn, (images[:4000], labels[:4000]), F.cross_entropy, digits, 4, 5e-4),
         "crepe_tiny": Task(
-            lambda: weights.crepe("tiny"), (frames, data.salience_of(hertz)), F.binary_cross_entropy, tones, 6, 5e-4
+            lambda: weights.crepe("tiny"), (frames, data.salience_of(hertz)), F.binary_cross_entropy, tones, 12, 1e-3
         ),
     }
 
