@@ -28,6 +28,7 @@ class Resizing:
     Args:
         rw: What records them; its graph is changed, graphs inside it are left alone.
         why: Reason, for the report.
+        values: Bring values up to date, which takes longer than all else. Without it, the graph can be run and no more.
 
     Leaving the ``with`` block brings the values of all nodes up to date.
 
@@ -35,8 +36,8 @@ class Resizing:
         PassError: then, if a call cannot run with its new sizes, or the model returns something of another type.
     """
 
-    def __init__(self, rw: Rewriter, why: str) -> None:
-        self._rw, self._why = rw, why
+    def __init__(self, rw: Rewriter, why: str, *, values: bool = True) -> None:
+        self._rw, self._why, self._values = rw, why, values
         self._module: torch.fx.GraphModule = rw.gm
         self._new: dict[int, torch.Tensor] = {}  # by the id of the tensor that it stands for
         self._old: list[torch.Tensor] = []  # kept alive, so that ids stay theirs
@@ -49,7 +50,8 @@ class Resizing:
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
         if kind is None:
             self._rebind()
-            self._bring_up_to_date()
+            if self._values:
+                self._bring_up_to_date()
 
     def tensor(self, node: torch.fx.Node) -> torch.Tensor:
         """Return the tensor that a ``get_attr`` node reads, as it is by now."""

@@ -86,8 +86,7 @@ def _one(gm: CapturedModule, found: Prunable, draw: random.Random) -> tuple[floa
         groups += draw.sample(family.groups, draw.randrange(len(family.groups)))
     masked = InsertMasks(channel_plan(gm, found.structure, groups))(gm).gm
     rw = Rewriter(masked.clone(), "shrink-masked")
-    removal = shrink(rw)
-    rw.finish()
+    removal = shrink(rw, to_run=True)
     before, after = (sum(p.numel() for p in module.parameters()) for module in (gm, rw.gm))
     seed = draw.randrange(2**31)
     return error_between(masked, rw.gm, seed), after / max(before, 1), len(remaining(removal, groups))

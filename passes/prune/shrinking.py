@@ -25,14 +25,21 @@ def removal_of(gm: torch.fx.GraphModule) -> Removal:
     return Removal(structure, Constants(structure))
 
 
-def shrink(rw: Rewriter) -> Removal:
-    """Remove what can go, record masked rows and columns that stay with the reason, and return what went."""
+def shrink(rw: Rewriter, *, to_run: bool = False) -> Removal:
+    """Remove what can go, record masked rows and columns that stay with the reason, and return what went.
+
+    Args:
+        rw: Changes the graph.
+        to_run: Make a graph that can be run and no more, in a fraction of the time; masks that are full stay in it.
+    """
     removal = removal_of(rw.gm)
     for weight, reason in _masked_in_vain(rw, removal):
         rw.skip(weight, reason)
-    with torch.no_grad(), Resizing(rw, "channels of it, or that it reads, have no effect") as resizing:
+    why = "channels of it, or that it reads, have no effect"
+    with torch.no_grad(), Resizing(rw, why, values=not to_run) as resizing:
         Cut(removal, resizing).run()
-    drop_full_masks(rw)
+    if not to_run:
+        drop_full_masks(rw)
     return removal
 
 
