@@ -10,6 +10,7 @@ from fxopt.args import tensor_arg
 from fxopt.ops import GUARD, UPDATE_BUFFER
 from fxopt.passes.prune.rules.base import Rule, handles
 from fxopt.passes.prune.structure import Structure
+from fxopt.regions import COND, WHILE_LOOP
 
 __all__: list[str] = []
 
@@ -72,3 +73,11 @@ class _Guard(Rule):
 
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
         structure.pin_all(node, "a guard reads it")
+
+
+@handles(COND, WHILE_LOOP)
+class _Region(Rule):
+    """What goes into or comes out of another graph stays whole: that graph is not looked into."""
+
+    def relate(self, node: torch.fx.Node, structure: Structure) -> None:
+        structure.pin_all(node, "a branch or a loop reads or yields it, and nothing is removed inside these")

@@ -235,7 +235,9 @@ def test_values_that_the_branches_of_a_condition_read_stay():
 
     found = masked_first(forward, images(), scale=torch.empty(8, 1, 1))
     assert found.shape("first.weight") == (8, 3, 1, 1)
-    assert found.reasons("first.weight") == {"there is no rule for cond"}
+    assert found.reasons("first.weight") == {
+        "a branch or a loop reads or yields it, and nothing is removed inside these"
+    }
 
 
 def test_parameter_that_a_branch_and_a_layer_outside_read():
