@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.functionalize import is_in_place
+from fxopt.functionalize import fake_call, is_in_place
 from tests.models import RunningMean, SliceWriter
 
 
@@ -348,3 +349,15 @@ def test_refusals_name_the_op_and_the_line(model: type[nn.Module], op: str, line
     assert line in text
     assert reason in text
     assert "x.clone()" in text
+
+
+def test_fake_value_of_a_pad_leaves_a_dynamic_size_dynamic():
+    class Padded(nn.Module):
+        def forward(self, x):
+            return F.pad(x, (1, 1)).relu()
+
+    gm = fxopt.capture(Padded(), (torch.randn(3, 4),), dynamic_shapes=({0: "batch"},))
+    (pad,) = (node for node in gm.graph.nodes if "pad" in str(node.target))
+    size = fake_call(pad.target, pad.args, pad.kwargs).shape[0]
+    assert isinstance(size, torch.SymInt)
+    assert str(size) == str(gm.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0])
