@@ -33,6 +33,7 @@ from fxopt.export.session import Session
 from fxopt.export.to_onnx import DEFAULT_OPSET
 from fxopt.export.translate import translate
 from fxopt.functionalize import fake_call
+from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 
 __all__ = ["Region", "width_costs"]
 
@@ -41,11 +42,6 @@ Point = tuple[int, ...]
 Shape = tuple[int, ...]
 
 _LAYOUTS = frozenset({"ReorderInput", "ReorderOutput"})
-_CONVOLUTIONS = frozenset({
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-})  # fmt: skip
-_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
 _ENOUGH = 0.05  # seconds of runs at one point
 _CHAIN = 64  # kernels that do next to nothing, to measure what they cost all the same
 _FEWEST = 8  # runs, however long they take
@@ -207,10 +203,10 @@ def _drawn(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
 def _resize(node: torch.fx.Node, out: Shape | None) -> None:
     """Bring the arguments up to date that tell sizes."""
     target: Any = node.target
-    if target in _CONVOLUTIONS and arg(node, "groups") > 1:
+    if target in CONVOLUTIONS and arg(node, "groups") > 1:
         source, weight = (arg(node, name).meta["val"] for name in ("input", "weight"))
         _set(node, "groups", source.shape[1 - weight.ndim] // weight.shape[1])
-    elif target in _TRANSPOSED and arg(node, "groups") > 1:
+    elif target in TRANSPOSED_CONVOLUTIONS and arg(node, "groups") > 1:
         assert out is not None
         weight = arg(node, "weight").meta["val"]
         _set(node, "groups", out[1 - weight.ndim] // weight.shape[1])

@@ -22,6 +22,7 @@ import torch
 
 from fxopt.args import arg
 from fxopt.contracts import Contract
+from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.batch_norm_algebra import fold_after, fold_before, fold_into_norm, scale_and_shift
@@ -30,15 +31,10 @@ from fxopt.rewriter import Rewriter
 __all__ = ["FoldBatchNorm"]
 
 aten = torch.ops.aten
-_CONVOLUTIONS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-}  # fmt: skip
-_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 _NORM = aten.batch_norm.default
 # Each layer's arguments: what it reads, its weight, its bias.
 _ARGUMENTS: dict[Any, tuple[str, str, str]] = {
-    **dict.fromkeys([*_CONVOLUTIONS, *_TRANSPOSED, aten.linear.default, _NORM], ("input", "weight", "bias")),
+    **dict.fromkeys([*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, aten.linear.default, _NORM], ("input", "weight", "bias")),
     aten.addmm.default: ("mat1", "mat2", "self"),
 }
 
@@ -112,9 +108,9 @@ def _refuses_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> 
     if reason is not None:
         return reason
     _, shift = _affine(rw, norm)
-    if layer.target in _CONVOLUTIONS and _pads(layer) and bool(shift.any()):
+    if layer.target in CONVOLUTIONS and _pads(layer) and bool(shift.any()):
         return f"{layer.name} pads with zeros, which the shift of the batch norm would change"
-    if layer.target in _TRANSPOSED and bool(shift.any()):
+    if layer.target in TRANSPOSED_CONVOLUTIONS and bool(shift.any()):
         return f"the border of {layer.name} would get the shift of the batch norm less often than its middle"
     return None
 
@@ -134,7 +130,10 @@ def _refuses_weights(rw: Rewriter, layer: torch.fx.Node) -> str | None:
 def _wrong_axis(rw: Rewriter, layer: torch.fx.Node, where: str) -> str | None:
     if layer.target is aten.linear.default and rw.value(layer).ndim != 2:
         return f"it normalizes {where}, whose features are the last axis"
-    if layer.target in _CONVOLUTIONS | _TRANSPOSED and rw.value(layer).ndim != rw.value(arg(layer, "weight")).ndim:
+    if (
+        layer.target in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
+        and rw.value(layer).ndim != rw.value(arg(layer, "weight")).ndim
+    ):
         return f"it normalizes {where}, which has no batch axis"
     return None
 
@@ -154,7 +153,7 @@ def _fold_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str 
         new_weight = new_weight.t()
     else:
         new_weight, new_bias = fold_after(
-            weight, bias, scale, shift, transposed=layer.target in _TRANSPOSED, groups=_groups(layer)
+            weight, bias, scale, shift, transposed=layer.target in TRANSPOSED_CONVOLUTIONS, groups=_groups(layer)
         )
     return _install(rw, norm, layer, new_weight, new_bias, value=layer)
 
@@ -172,7 +171,7 @@ def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str
         new_weight = new_weight.t()
     else:
         new_weight, new_bias = fold_before(
-            weight, bias, scale, shift, transposed=layer.target in _TRANSPOSED, groups=_groups(layer)
+            weight, bias, scale, shift, transposed=layer.target in TRANSPOSED_CONVOLUTIONS, groups=_groups(layer)
         )
     return _install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
 

@@ -19,6 +19,7 @@ import torch
 from fxopt.args import arg
 from fxopt.attributes import get_path, owner_of
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.layer_operators import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.prune.widths import Choice, Size, Widths
 
 __all__ = ["Grid", "Piece", "Product", "Term", "byte_terms", "is_heavy", "mac_terms", "parameter_terms", "total"]
@@ -27,18 +28,12 @@ aten = torch.ops.aten
 Table = np.ndarray[Any, np.dtype[np.float64]]
 
 _LINEAR = {aten.linear.default}
-_CONVOLUTIONS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-}  # fmt: skip
-_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
 _MATMULS = {
     aten.matmul.default, aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.addmm.default,
     aten.baddbmm.default,
 }  # fmt: skip
-_RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 _EINSUM, _ATTENTION = aten.einsum.default, aten.scaled_dot_product_attention.default
-_HEAVY = {*_LINEAR, *_CONVOLUTIONS, *_TRANSPOSED, *_MATMULS, *_RECURRENT, _EINSUM, _ATTENTION}
+_HEAVY = {*_LINEAR, *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *_MATMULS, *RECURRENT, _EINSUM, _ATTENTION}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +162,7 @@ def _mac_sizes(
     def shape(of: torch.fx.Node, slot: int | None = None) -> tuple[Size, ...]:
         return widths.shape(of, shapes, slot)
 
-    if node.target in _RECURRENT:
+    if node.target in RECURRENT:
         steps = shape(arg(node, "input"))[:-1]
         yield from ((*steps, *each) for weight in arg(node, "params") if len(each := shape(weight)) == 2)
         return
@@ -186,9 +181,9 @@ def _mac_sizes(
     out = shape(node)
     if node.target in _LINEAR:
         yield (*out, shape(arg(node, "weight"))[1])
-    elif node.target in _CONVOLUTIONS:
+    elif node.target in CONVOLUTIONS:
         yield (*out, *shape(arg(node, "weight"))[1:])
-    elif node.target in _TRANSPOSED:
+    elif node.target in TRANSPOSED_CONVOLUTIONS:
         yield (*shape(arg(node, "input")), *shape(arg(node, "weight"))[1:])
     else:
         left = [source for source in node.args if isinstance(source, torch.fx.Node)][-2]

@@ -8,19 +8,15 @@ import torch
 
 from fxopt.attributes import get_path, owner_of
 from fxopt.graph_module import CapturedModule
+from fxopt.layer_operators import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.prune.masks import masked_parts
 from fxopt.regions import body_of
 
 __all__ = ["layer_axes", "prunable_weights"]
 
 aten = torch.ops.aten
-_ROWS = {
-    aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
-    aten.conv2d.padding, aten.conv3d.padding,
-}  # fmt: skip
-_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input}
+_ROWS = (aten.linear.default, *CONVOLUTIONS)
 _PRODUCTS = {aten.matmul.default, aten.mm.default, aten.bmm.default}
-_RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
 
 def prunable_weights(gm: CapturedModule) -> dict[str, torch.nn.Parameter]:
@@ -65,13 +61,13 @@ def _roles(node: torch.fx.Node) -> Iterator[tuple[int, int] | None]:
             yield from _roles_in_branches(node, user)
         elif user.target in _ROWS and user.args[1] is node:
             yield 1, 0
-        elif user.target in _TRANSPOSED and user.args[1] is node:
+        elif user.target in TRANSPOSED_CONVOLUTIONS and user.args[1] is node:
             yield 0, 1
         elif user.target in _PRODUCTS and user.args[1] is node:
             yield rank - 2, rank - 1
         elif user.target is aten.addmm.default and user.args[2] is node:
             yield 0, 1
-        elif user.target in _RECURRENT:
+        elif user.target in RECURRENT:
             yield 1, 0
         else:
             yield None

@@ -25,8 +25,9 @@ import torch
 from fxopt.args import tensor_arg
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
+from fxopt.layer_operators import CONVOLUTIONS
 from fxopt.pass_base import Pass
-from fxopt.passes.quantize.stored_weights import CONVOLUTIONS, LayerWeight, StoredWeights, check_names, replace_weight
+from fxopt.passes.quantize.stored_weights import LayerWeight, StoredWeights, check_names, replace_weight
 from fxopt.rewriter import Rewriter
 from fxopt.weight_only_ops import BINARIZE_STE, LOOKUP_NBITS, TERNARIZE_STE, pack_bits
 

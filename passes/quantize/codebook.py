@@ -19,9 +19,9 @@ from typing import ClassVar
 import torch
 
 from fxopt.contracts import Contract
+from fxopt.layer_operators import CONVOLUTIONS
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.stored_weights import (
-    CONVOLUTIONS,
     LayerWeight,
     StoredWeights,
     check_names,

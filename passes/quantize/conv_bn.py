@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from fxopt.args import arg
+from fxopt.layer_operators import CONVOLUTIONS
 from fxopt.ops import SELECT_MODE
 from fxopt.pass_base import run_passes
 from fxopt.passes.cleanup.batch_norm_algebra import fold_after, scale_and_shift
@@ -39,14 +40,7 @@ _DROPOUTS = {
     aten.feature_alpha_dropout.default,
 }
 _LAYERS: dict[Any, tuple[str, str]] = {  # what each calls its weight and its bias
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-            aten.linear.default,
-        ),
-        ("weight", "bias"),
-    ),
+    **dict.fromkeys((*CONVOLUTIONS, aten.linear.default), ("weight", "bias")),
     aten.addmm.default: ("mat2", "self"),
 }  # fmt: skip
 

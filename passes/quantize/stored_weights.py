@@ -16,17 +16,12 @@ from fxopt.ops import UPDATE_BUFFER
 from fxopt.rewriter import Rewriter
 
 __all__ = [
-    "CONVOLUTIONS", "LayerWeight", "StoredWeights", "check_names", "named_by", "refusal", "replace_weight",
+    "LayerWeight", "StoredWeights", "check_names", "named_by", "refusal", "replace_weight",
     "tensor_bytes",
 ]  # fmt: skip
 
 Node = torch.fx.Node
 aten = torch.ops.aten
-CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
-    aten.conv3d.default, aten.conv3d.padding,
-)  # fmt: skip
-"""Convolutions whose weight has its output channels along axis 0."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import torch
 
+from fxopt.layer_operators import CONVOLUTIONS
+
 __all__ = ["GENERIC", "ORT_CPU", "TARGETS", "Kernel", "Target"]
 
 aten = torch.ops.aten
@@ -71,13 +73,7 @@ class Target:
 
 _CONV = Kernel(("input", "weight"), weight="weight", bias="bias", heavy=True)
 _HEAVY: dict[Any, Kernel] = {
-    **dict.fromkeys(
-        (
-            aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-            aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-        ),
-        _CONV,
-    ),
+    **dict.fromkeys(CONVOLUTIONS, _CONV),
     aten.linear.default: Kernel(("input", "weight"), "weight", 0, "bias", "optional", heavy=True),
     aten.addmm.default: Kernel(("mat1", "mat2"), "mat2", 1, "self", "optional", heavy=True),
     aten.mm.default: Kernel(("self", "mat2"), "mat2", 1, output="optional", heavy=True),

@@ -9,6 +9,7 @@ import torch
 from torch._ops import OpOverload
 
 from fxopt.args import arg, shape, tensor_arg
+from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.cut import Cut
 from fxopt.passes.prune.ends import SumEnd, WeightedEnd
@@ -19,11 +20,6 @@ from fxopt.passes.prune.structure import Structure
 __all__: list[str] = []
 
 aten = torch.ops.aten
-_CONVOLUTIONS = (
-    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-    aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-)  # fmt: skip
-_TRANSPOSED = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
 
 class _TransposedEnd(WeightedEnd):
@@ -117,7 +113,7 @@ class _Linear(_Layer):
         structure.end(WeightedEnd(node, channels[None], rows[None], weight, absorbs=True))
 
 
-@handles(*_CONVOLUTIONS, *_TRANSPOSED)
+@handles(*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)
 class _Convolution(_Layer):
     """Sums over the channels of each group; the places stay whole."""
 
@@ -133,7 +129,7 @@ class _Convolution(_Layer):
         for dim in range(2, structure.rank(node)):
             for value in (source, weight, node):
                 structure.pin(structure.axis(value, dim), "a convolution moves along it")
-        transposed = node.target in _TRANSPOSED
+        transposed = node.target in TRANSPOSED_CONVOLUTIONS
         ins = self._grouped(structure, source, weight, 0 if transposed else 1, groups, flat_weight=transposed)
         outs = self._grouped(structure, node, weight, 1 if transposed else 0, groups, flat_weight=not transposed)
         if groups > 1:

@@ -1,0 +1,25 @@
+"""ATen's operators of layers that add up products, as lists that passes and the export share."""
+
+from __future__ import annotations
+
+import torch
+
+from fxopt.recurrent import RECURRENT_OPERATORS
+
+__all__ = ["CONVOLUTIONS", "RECURRENT", "TRANSPOSED_CONVOLUTIONS"]
+
+aten = torch.ops.aten
+
+CONVOLUTIONS = (
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding,
+    aten.conv3d.default, aten.conv3d.padding,
+)  # fmt: skip
+"""Convolutions whose weight has its output channels along axis 0, and the input channels of a group along axis 1."""
+
+TRANSPOSED_CONVOLUTIONS = (
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+)  # fmt: skip
+"""Convolutions whose weight has its input channels along axis 0, and the output channels of a group along axis 1."""
+
+RECURRENT = tuple(RECURRENT_OPERATORS.values())
+"""LSTM, GRU and RNN on padded sequences."""
