@@ -27,7 +27,8 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxopt.args import arg, argument_positions
+from fxopt.args import arg, put_arg
+from fxopt.attributes import made_of_attributes
 from fxopt.export.layer_costs import TimedSession
 from fxopt.export.session import Session
 from fxopt.export.to_onnx import DEFAULT_OPSET
@@ -96,7 +97,7 @@ def width_costs(
         raise ValueError(f"runs is {runs}; wanted 1 or more")
     started = time.perf_counter()
     nodes = {node.name: node for node in gm.graph.nodes}
-    constant = _constants(gm.graph)
+    constant = made_of_attributes(gm.graph)  # a session computes these when it loads
     known: dict[Any, float] = {}
     found: dict[str, dict[Point, float]] = {}
     whole = sum(_bytes(tensor) for tensor in (*gm.parameters(), *gm.buffers()))
@@ -142,16 +143,6 @@ def _own_numbers(chain: Sequence[torch.fx.Node], shapes: Mapping[str, Shape], co
 def _rounded(count: float) -> int:
     """Return a power of 2, so that regions that are alike can share a time."""
     return min(1 << round(math.log2(max(count, 1))), _LARGEST)
-
-
-def _constants(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Return what depends on parameters and buffers alone, which a session computes when it loads."""
-    found: set[torch.fx.Node] = set()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (node.op == "call_function" and sources and found.issuperset(sources)):
-            found.add(node)
-    return found
 
 
 # ---- a model of one region
@@ -205,26 +196,18 @@ def _resize(node: torch.fx.Node, out: Shape | None) -> None:
     target: Any = node.target
     if target in CONVOLUTIONS and arg(node, "groups") > 1:
         source, weight = (arg(node, name).meta["val"] for name in ("input", "weight"))
-        _set(node, "groups", source.shape[1 - weight.ndim] // weight.shape[1])
+        put_arg(node, "groups", source.shape[1 - weight.ndim] // weight.shape[1])
     elif target in TRANSPOSED_CONVOLUTIONS and arg(node, "groups") > 1:
         assert out is not None
         weight = arg(node, "weight").meta["val"]
-        _set(node, "groups", out[1 - weight.ndim] // weight.shape[1])
+        put_arg(node, "groups", out[1 - weight.ndim] // weight.shape[1])
     elif target is aten.layer_norm.default:
         source = arg(node, "input").meta["val"]
-        _set(node, "normalized_shape", list(source.shape[source.ndim - len(arg(node, "normalized_shape")) :]))
+        put_arg(node, "normalized_shape", list(source.shape[source.ndim - len(arg(node, "normalized_shape")) :]))
     elif target is aten.group_norm.default:
         assert out is not None
         if out[1] % arg(node, "num_groups"):
-            _set(node, "num_groups", 1)  # groups have gone, not channels of each: about as much to do
-
-
-def _set(node: torch.fx.Node, name: str, value: Any) -> None:
-    position = argument_positions(node.target)[name][0]
-    if position is not None and position < len(node.args):
-        node.update_arg(position, value)
-    else:
-        node.update_kwarg(name, value)
+            put_arg(node, "num_groups", 1)  # groups have gone, not channels of each: about as much to do
 
 
 # ---- its time

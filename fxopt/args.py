@@ -18,6 +18,7 @@ __all__ = [
     "check_same_type",
     "dtype",
     "module_path",
+    "put_arg",
     "shape",
     "shape_text",
     "source_line",
@@ -69,6 +70,15 @@ def arg(node: torch.fx.Node, name: str) -> Any:
     if not has_default:
         raise InvariantError(f"{node.name}: {node.target} is called without its argument {name!r}")
     return default
+
+
+def put_arg(node: torch.fx.Node, name: str, new: Any) -> None:
+    """Give the operator call ``node`` another argument ``name``; what the node yields is not brought up to date."""
+    position = argument_positions(node.target)[name][0]
+    if position is not None and name not in node.kwargs and position < len(node.args):
+        node.update_arg(position, new)
+    else:
+        node.update_kwarg(name, new)
 
 
 def tensor_arg(node: torch.fx.Node, name: str) -> torch.fx.Node:

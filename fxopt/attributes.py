@@ -16,6 +16,7 @@ __all__ = [
     "fresh_name",
     "get_path",
     "hasattr_path",
+    "made_of_attributes",
     "named_tensors",
     "owner_of",
     "read_attributes",
@@ -127,17 +128,15 @@ class Reads:
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         """Args: gm: with the graphs inside it. Walked when it is first asked for a tensor."""
         self._gm = gm
-        self._found: dict[tuple[torch.nn.Module, int], list[torch.fx.Node]] | None = None
+        self._found: dict[int, list[torch.fx.Node]] | None = None
 
     def add(self, node: torch.fx.Node) -> None:
         """Note that ``node`` reads what is now under its path."""
         if self._found is not None:
-            owner = owner_of(node)
-            key = (owner, id(get_path(owner, str(node.target))))
-            self._found.setdefault(key, []).append(node)
+            self._found.setdefault(id(get_path(owner_of(node), str(node.target))), []).append(node)
 
-    def of_tensor(self, owner: torch.nn.Module, tensor: torch.Tensor) -> list[torch.fx.Node]:
-        """Return the nodes of the graph of ``owner`` that read ``tensor``, by whichever of its names."""
+    def everywhere(self, tensor: torch.Tensor) -> list[torch.fx.Node]:
+        """Return the nodes that read ``tensor`` in any graph, by whichever of its names."""
         if self._found is None:
             self._found = {}
             for module in self._gm.modules():
@@ -146,9 +145,23 @@ class Reads:
                         self.add(node)
         return [
             node
-            for node in self._found.get((owner, id(tensor)), [])
-            if not node._erased and get_path(owner, str(node.target)) is tensor
+            for node in self._found.get(id(tensor), [])
+            if not node._erased and get_path(owner_of(node), str(node.target)) is tensor
         ]
+
+    def of_tensor(self, owner: torch.nn.Module, tensor: torch.Tensor) -> list[torch.fx.Node]:
+        """Return those of them in the graph of ``owner``."""
+        return [node for node in self.everywhere(tensor) if owner_of(node) is owner]
+
+
+def made_of_attributes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Return the nodes that depend on parameters and buffers alone."""
+    found: set[torch.fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "get_attr" or (node.op == "call_function" and sources and found.issuperset(sources)):
+            found.add(node)
+    return found
 
 
 class Removable:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxopt.args import argument_positions, shape_text, source_line, value
+from fxopt.args import put_arg, shape_text, source_line, value
 from fxopt.attributes import get_path, named_tensors, owner_of
 from fxopt.errors import PassError, describe
 from fxopt.functionalize import fake_call
@@ -64,13 +64,7 @@ class Resizing:
 
     def readers(self, node: torch.fx.Node) -> int:
         """Return how many uses the tensor of a ``get_attr`` node has."""
-        found = self._rw.tensor(node)
-        graph = self._module.graph
-        return sum(
-            len(other.users)
-            for other in graph.nodes
-            if other.op == "get_attr" and get_path(self._module, str(other.target)) is found
-        )
+        return sum(len(other.users) for other in self._rw.reads(self._rw.tensor(node)))
 
     def set_tensor(self, node: torch.fx.Node, tensor: torch.Tensor) -> None:
         """Let the attribute that a node reads, under all of its names, be another tensor; a parameter stays one."""
@@ -85,11 +79,7 @@ class Resizing:
     def set_arg(self, node: torch.fx.Node, name: str, new: Any) -> None:
         """Give a call another argument, by its schema name; what only the old one read goes."""
         inputs = list(node.all_input_nodes)
-        position = argument_positions(node.target)[name][0]
-        if position is not None and name not in node.kwargs and position < len(node.args):
-            node.update_arg(position, new)
-        else:
-            node.update_kwarg(name, new)
+        put_arg(node, name, new)
         self._changed[node] = None
         self._rw._erase_dead(inputs)
 
@@ -134,11 +124,13 @@ class Resizing:
     def _bring_up_to_date(self) -> None:
         """Compute the values of what was changed, and of what reads a value of another type than before."""
         stale: set[torch.fx.Node] = set()
+        new = {id(tensor) for tensor in self._new.values()}
         for node in self._module.graph.nodes:
             before = node.meta.get("val")
             if node.op == "get_attr" and isinstance(before, torch.Tensor):
                 tensor = get_path(owner_of(node), str(node.target))
-                self._rw._reads.add(node)
+                if id(tensor) in new:
+                    self._rw._reads.add(node)
                 if tensor.shape != before.shape:
                     node.meta["val"] = self._rw._fake(tensor, node)
                     stale.add(node)

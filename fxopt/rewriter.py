@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 
-from fxopt.args import argument_positions, check_same_type, dtype, shape, shape_text, source_line, value
+from fxopt.args import check_same_type, dtype, put_arg, shape, shape_text, source_line, value
 from fxopt.attributes import (
     Reads,
     Removable,
@@ -133,6 +133,10 @@ class Rewriter:
         owner = graph.owning_module
         return 0 if owner is None else len(self._reads.of_tensor(owner, get_path(owner, path)))
 
+    def reads(self, tensor: torch.Tensor) -> list[torch.fx.Node]:
+        """Return the ``get_attr`` nodes of all graphs that read a tensor, by whichever of its names."""
+        return self._reads.everywhere(tensor)
+
     # ---- changing
 
     def replace_value(self, node: torch.fx.Node, new: torch.fx.Node, *, why: str) -> None:
@@ -217,12 +221,8 @@ class Rewriter:
 
     def set_arg(self, node: torch.fx.Node, name: str, new: Any, *, why: str) -> None:
         """Set the argument ``name`` (by operator schema) of a call, and bring its value up to date."""
-        position = argument_positions(node.target)[name][0]
         old = list(node.all_input_nodes)
-        if position is not None and name not in node.kwargs and position < len(node.args):
-            node.update_arg(position, new)
-        else:
-            node.update_kwarg(name, new)
+        put_arg(node, name, new)
         node.meta["val"] = fake_call(node.target, node.args, node.kwargs)
         self._record("argument", node, why)
         self._erase_dead(old)

@@ -14,7 +14,6 @@ from typing import ClassVar
 
 import torch
 
-from fxopt.attributes import get_path
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
 from fxopt.pass_base import Pass
@@ -50,15 +49,10 @@ class BakeMasks(Pass):
 
 def _other_read(rw: Rewriter, weight: torch.fx.Node, mask: torch.fx.Node) -> torch.fx.Node | None:
     """Return a node that reads the weight, under any of its names, without the mask or with another one."""
-    for module in graph_modules(rw.gm):
-        for node in module.graph.nodes:
-            if node.op != "get_attr" or get_path(module, str(node.target)) is not rw.tensor(weight):
-                continue
-            user: torch.fx.Node
-            for user in node.users:
-                parts = masked_parts(user)
-                if parts is None or not torch.equal(rw.tensor(parts[1]), rw.tensor(mask)):
-                    return user
+    for user in (user for node in rw.reads(rw.tensor(weight)) for user in node.users):
+        parts = masked_parts(user)
+        if parts is None or not torch.equal(rw.tensor(parts[1]), rw.tensor(mask)):
+            return user
     return None
 
 

@@ -21,7 +21,6 @@ from fxopt.args import shape_text
 from fxopt.attributes import get_path
 from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
-from fxopt.graph_module import graph_modules
 from fxopt.pass_base import Pass
 from fxopt.passes.prune.masked_norms import mask_norm
 from fxopt.passes.prune.masks import MaskPlan, masked_parts
@@ -69,9 +68,8 @@ class InsertMasks(Pass):
         for name, mask in self.plan.items():
             _check(parameters, name, mask)
         with Resizing(rw, "masked weights are 0") as resizing:
-            reads = _reads(rw.gm)
             for name, mask in self.plan.items():
-                _mask(rw, resizing, name, mask, reads.get(id(get_path(rw.gm, name)), []))
+                _mask(rw, resizing, name, mask)
         for name, kept in self.plan.channels.items():
             mask_norm(rw, name, kept)
 
@@ -96,21 +94,12 @@ def _check(parameters: Mapping[str, torch.Tensor], name: str, mask: torch.Tensor
         )
 
 
-def _reads(gm: torch.fx.GraphModule) -> dict[int, list[torch.fx.Node]]:
-    """Return the nodes that read each tensor, under whichever of its names and in whichever graph, by its id."""
-    found: dict[int, list[torch.fx.Node]] = {}
-    for module in graph_modules(gm):
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                found.setdefault(id(get_path(module, str(node.target))), []).append(node)
-    return found
-
-
-def _mask(rw: Rewriter, resizing: Resizing, name: str, mask: torch.Tensor, reads: list[torch.fx.Node]) -> None:
+def _mask(rw: Rewriter, resizing: Resizing, name: str, mask: torch.Tensor) -> None:
     """Mask every read of a parameter, in each graph with one product for all of them; masks that it has are joined."""
+    tensor = get_path(rw.gm, name)
+    reads = rw.reads(tensor)
     if not any(node.users for node in reads):
         return
-    tensor = get_path(rw.gm, name)
     mask = mask.to(tensor.device)
     held = [parts[1] for node in reads for user in node.users if (parts := masked_parts(user)) is not None]
     for old in held:

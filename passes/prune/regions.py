@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fxopt.args import arg
+from fxopt.attributes import made_of_attributes
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.passes.prune.costs import Coordinate, Grid, Piece, Term, is_heavy
@@ -115,7 +116,7 @@ def regions_of(widths: Widths, shapes: Mapping[Any, Shape]) -> list[Region]:
         shapes: Of its values on a sample.
     """
     graph = widths.structure.module.graph
-    constant = _constants(graph)
+    constant = made_of_attributes(graph)  # no kernel is run for these
     taken: set[torch.fx.Node] = set()
     found = [Region(RUN, (), {(): {}})]
     chains = [_chain(node, taken, constant) for node in graph.nodes if is_heavy(node) and node not in constant]
@@ -125,16 +126,6 @@ def regions_of(widths: Widths, shapes: Mapping[Any, Shape]) -> list[Region]:
     for chain in chains:
         if all(_is_float(node) for node in chain):
             found.append(_region(chain, widths, shapes))
-    return found
-
-
-def _constants(graph: torch.fx.Graph) -> set[torch.fx.Node]:
-    """Return what depends on parameters and buffers alone: no kernel is run for it."""
-    found: set[torch.fx.Node] = set()
-    for node in graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "get_attr" or (node.op == "call_function" and sources and found.issuperset(sources)):
-            found.add(node)
     return found
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.attributes import made_of_attributes
 from fxopt.export import to_onnx, width_costs
-from fxopt.export.width_costs import _constants, _model_of
+from fxopt.export.width_costs import _model_of
 from fxopt.passes import Prune
 from fxopt.passes.prune import ShrinkMasked
 from fxopt.passes.prune.plan import prunable
@@ -91,7 +92,7 @@ def test_a_model_of_a_region_is_fused_as_in_the_whole():
     assert [node.target for node in chain] == [
         torch.ops.aten.conv2d.default, torch.ops.aten.batch_norm.default, torch.ops.aten.relu.default
     ]  # fmt: skip
-    model, inputs = _model_of(chain, region.shapes[min(region.shapes)], _constants(gm.graph))
+    model, inputs = _model_of(chain, region.shapes[min(region.shapes)], made_of_attributes(gm.graph))
     assert [node.op_type for node in model.graph] == ["Conv", "BatchNormalization", "Relu"]
     assert [value.shape for value in inputs.values()] == [(1, 3, 12, 12)]
     assert len(model.graph.initializers) == 6
@@ -110,7 +111,7 @@ def test_the_number_of_groups_follows_from_the_shapes(layer, x, narrow, groups):
         kind = "x" if source.op == "placeholder" else str(source.target)
         shapes[source.name] = narrow[kind]
     shapes[node.name] = (1, narrow["bias"][0], *node.meta["val"].shape[2:])
-    model, _ = _model_of([node], shapes, _constants(gm.graph))
+    model, _ = _model_of([node], shapes, made_of_attributes(gm.graph))
     assert next(iter(model.graph)).attributes["group"].value == groups
 
 
