@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.regions import COND, WHILE_LOOP
 
-__all__ = ["holds_traced", "observing", "run_branches_eagerly"]
+__all__ = ["EagerInterpreter", "eager_call", "holds_traced", "observing", "run_branches_eagerly"]
 
 _OBSERVERS: list[Callable[[Any, bool], None]] = []
 
@@ -36,6 +36,19 @@ def run_branches_eagerly(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
 
     return run
+
+
+def eager_call(target: Any) -> Any:
+    """Return what to call for a node's target: its branches are run directly if it has some."""
+    return run_branches_eagerly(target) if target in (COND, WHILE_LOOP) else target
+
+
+class EagerInterpreter(torch.fx.Interpreter):
+    """Runs a graph node by node, its branches and loops as the graph itself does."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the target."""
+        return eager_call(target)(*args, **kwargs)
 
 
 def holds_traced(arguments: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -9,12 +10,11 @@ import numpy as np
 import torch
 
 from fxopt.calibration_data import calibration_samples
-from fxopt.eager_control_flow import run_branches_eagerly
+from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.passes.prune.groups import Family
 from fxopt.passes.prune.structure import Structure
-from fxopt.regions import COND, WHILE_LOOP
 
 __all__ = ["activation_frequencies"]
 
@@ -38,24 +38,19 @@ def activation_frequencies(
         CalibrationError: the data are empty or do not fit.
     """
     places = {family.name: _places(structure, family) for family in families}
-    wanted = {node for found in places.values() for node, _, _ in found}
     counted: dict[tuple[torch.fx.Node, int], tuple[torch.Tensor, int]] = {}
-    axes = {(node, dim) for found in places.values() for node, dim, _ in found}
+    axes: dict[torch.fx.Node, set[int]] = {}
+    for node, dim, _ in itertools.chain.from_iterable(places.values()):
+        axes.setdefault(node, set()).add(dim)
 
-    class Counting(torch.fx.Interpreter):
+    class Counting(EagerInterpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             value = super().run_node(n)
-            if n in wanted:
-                for node, dim in axes:
-                    if node is n:
-                        above = (value > 0).movedim(dim, 0).flatten(1)
-                        before, total = counted.get((n, dim), (torch.zeros(len(above), dtype=torch.long), 0))
-                        counted[n, dim] = before + above.sum(dim=1).cpu(), total + above.shape[1]
+            for dim in axes.get(n, ()):
+                above = (value > 0).movedim(dim, 0).flatten(1)
+                before, total = counted.get((n, dim), (torch.zeros(len(above), dtype=torch.long), 0))
+                counted[n, dim] = before + above.sum(dim=1).cpu(), total + above.shape[1]
             return value
-
-        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call: Any = run_branches_eagerly(target) if target in (COND, WHILE_LOOP) else target
-            return call(*args, **kwargs)
 
     with isolated(gm):
         for sample in calibration_samples(gm, data):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.passes.prune.groups import Group
@@ -128,9 +129,8 @@ def _drawn(leaf: Any, draw: torch.Generator) -> Any:
 
 
 def _outputs(gm: CapturedModule, leaves: Sequence[Any]) -> list[torch.Tensor]:
-    training = gm.training
-    if training and gm.modes == "both":
+    if gm.training and gm.modes == "both":
         gm = gm.clone().eval()
     with isolated(gm):
-        found = torch.fx.Interpreter(gm).run(*leaves, enable_io_processing=False)
+        found = EagerInterpreter(gm).run(*leaves, enable_io_processing=False)
     return [value for value in torch.utils._pytree.tree_leaves(found) if isinstance(value, torch.Tensor)]

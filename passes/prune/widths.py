@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fxopt.calibration_data import calibration_samples
+from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.passes.prune.groups import Family, Group
@@ -155,7 +156,7 @@ def sample_shapes(gm: CapturedModule) -> dict[Any, tuple[int, ...]]:
     """
     found: dict[Any, tuple[int, ...]] = {}
 
-    class Watching(torch.fx.Interpreter):
+    class Watching(EagerInterpreter):
         def run_node(self, n: torch.fx.Node) -> Any:
             value = super().run_node(n)
             found.update(_shapes_of(n, value))

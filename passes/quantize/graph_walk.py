@@ -12,12 +12,11 @@ import torch
 
 from fxopt.attributes import get_path
 from fxopt.calibration_data import calibration_samples
-from fxopt.eager_control_flow import run_branches_eagerly
+from fxopt.eager_control_flow import EagerInterpreter, eager_call
 from fxopt.errors import PassError
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.passes.quantize.merged_rows import row_count
-from fxopt.regions import COND, WHILE_LOOP
 
 __all__ = ["Walk", "items_within", "sampled_rows"]
 
@@ -82,7 +81,7 @@ class Walk:
             return [get_path(self.gm, str(node.target))]
         if node.op != "call_function":
             raise PassError(f"{node.name} is a {node.op}, and a captured graph has none")
-        call: Any = run_branches_eagerly(node.target) if node.target in (COND, WHILE_LOOP) else node.target
+        call = eager_call(node.target)
         found = []
         for item in range(len(self.items) if any(len(self._values[n]) > 1 for n in node.all_input_nodes) else 1):
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n, i=item: self._read(node, n, i))  # type: ignore[misc]  # mypy infers no default of a lambda
@@ -158,7 +157,7 @@ def _most_alive(gm: CapturedModule, leaves: list[Any]) -> int:
     """Return the bytes of the values of one input that are alive at the same time, constants left out."""
     sizes: dict[torch.fx.Node, int] = {}
 
-    class Measuring(torch.fx.Interpreter):
+    class Measuring(EagerInterpreter):
         most = 0
 
         def run_node(self, n: torch.fx.Node) -> Any:
@@ -167,10 +166,6 @@ def _most_alive(gm: CapturedModule, leaves: list[Any]) -> int:
                 sizes[n] = value.numel() * value.element_size()
             self.most = max(self.most, sum(sizes.get(held, 0) for held in self.env) + sizes.get(n, 0))
             return value
-
-        def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            call: Any = run_branches_eagerly(target) if target in (COND, WHILE_LOOP) else target
-            return call(*args, **kwargs)
 
     with isolated(gm):
         run = Measuring(gm, garbage_collect_values=True)
