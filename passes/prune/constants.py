@@ -10,13 +10,15 @@ and the rule of each operator says what becomes of them. All of it is about eval
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from fxopt.attributes import get_path
 from fxopt.effects import is_pure, is_random
 from fxopt.passes.prune.rules import rule_for
-from fxopt.passes.prune.structure import Structure
+from fxopt.passes.prune.structure import Structure, spread
 
 __all__ = ["Constants"]
 
@@ -64,6 +66,10 @@ class Constants:
             return found
         return np.full(size, self.everywhere(node))
 
+    def vector(self, value: Any, size: int, otherwise: float) -> np.ndarray:
+        """Return the constants of an argument of one axis, f64[size]; ``otherwise`` throughout where none is given."""
+        return self.along(value, -1, size) if isinstance(value, torch.fx.Node) else np.full(size, otherwise)
+
     def everywhere(self, node: torch.fx.Node) -> float:
         """Return the number that the whole value is, or NaN."""
         if node in self.known:
@@ -101,9 +107,7 @@ class Constants:
     def _merge(self, factors: tuple[np.ndarray, ...], flat: np.ndarray) -> None:
         found = np.full(flat.shape, np.nan)
         for place, factor in enumerate(factors):
-            shape = [1] * len(factors)
-            shape[place] = len(factor)
-            values = np.broadcast_to(self.values[factor].reshape(shape), flat.shape)
+            values = np.broadcast_to(spread(self.values[factor], place, flat.ndim), flat.shape)
             found = np.where(np.isnan(found), values, found)
         self.values[flat] = found
 

@@ -12,7 +12,7 @@ from fxopt.passes.prune.structure import End, Indices, where
 if TYPE_CHECKING:
     from fxopt.passes.prune.removal import Removal
 
-__all__ = ["MaskedEnd", "MaskedGroupsEnd", "NormalizedEnd", "SumEnd", "WeightedEnd"]
+__all__ = ["MaskedEnd", "MaskedGroupsEnd", "NormalizedEnd", "SumEnd", "TransposedEnd", "WeightedEnd"]
 
 
 class SumEnd(End):
@@ -134,13 +134,34 @@ class WeightedEnd(End):
         """Return where the weight is not 0, bool[groups, rows, channels], or None if it is not known."""
         tensor = removal.constants.known.get(self.weight)
         if tensor is not None and self._filled is None:
-            groups, count = self.indices.shape
-            flat = (tensor != 0).flatten(2).any(dim=2) if tensor.ndim > 2 else tensor != 0
-            self._filled = flat.reshape(groups, self.rows.shape[1], count).numpy()
+            self._filled = self.by_group(tensor != 0)
         return self._filled
+
+    def by_group(self, weight: torch.Tensor) -> np.ndarray:
+        """Return a weight summed over its places, in the shape [groups, rows, channels]; of bools, whether any is true.
+
+        Args:
+            weight: In the shape of the layer's weight.
+        """
+        places = tuple(range(2, weight.ndim))
+        if places:
+            weight = weight.any(dim=places) if weight.dtype == torch.bool else weight.sum(dim=places)
+        return self._arranged(weight).numpy()
+
+    def _arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        (groups, channels), rows = self.indices.shape, self.rows.shape[1]
+        return weight.reshape(groups, rows, channels)
 
     def reason(self) -> str:
         """Return why an index has to stay."""
         return f"{where(self.node)} reads it with a weight that is not 0, and it is not 0" + (
             "" if self.absorbs else "; a constant cannot go into the bias, since zeros are padded beside it"
         )
+
+
+class TransposedEnd(WeightedEnd):
+    """As :class:`WeightedEnd`, with a weight that lists its input channels first."""
+
+    def _arranged(self, weight: torch.Tensor) -> torch.Tensor:
+        (groups, channels), rows = self.indices.shape, self.rows.shape[1]
+        return weight.reshape(groups, channels, rows).transpose(1, 2)

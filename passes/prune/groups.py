@@ -19,7 +19,7 @@ import torch
 
 from fxopt.passes.prune.ends import MaskedGroupsEnd
 from fxopt.passes.prune.removal import classes_of
-from fxopt.passes.prune.structure import Indices, Product, Structure
+from fxopt.passes.prune.structure import Indices, Product, Structure, spread
 
 __all__ = ["Family", "Group", "Part", "families_of"]
 
@@ -165,9 +165,7 @@ def _resolved(
                 ambiguous.append(product)
             elif open_factors:
                 place = next(at for at, factor in enumerate(product.factors) if factor is open_factors[0])
-                shape = [1] * product.flat.ndim
-                shape[place] = -1
-                wide = np.broadcast_to(open_factors[0].reshape(shape), product.flat.shape)
+                wide = np.broadcast_to(spread(open_factors[0], place, product.flat.ndim), product.flat.shape)
                 equal.append((product.flat.ravel(), wide.ravel()))
         if len(ambiguous) == len(pending):
             if not pending:
@@ -230,9 +228,7 @@ def _pin_through(product: Product, classes: np.ndarray, stays: np.ndarray) -> bo
         wanted = np.moveaxis(stays[flat], place, 0).reshape(len(factor), -1).any(axis=1)
         changed |= bool((wanted & ~stays[numbers]).any())
         stays[numbers[wanted]] = True
-        shape = [1] * flat.ndim
-        shape[place] = -1
-        all_stay &= stays[numbers].reshape(shape)
+        all_stay &= spread(stays[numbers], place, flat.ndim)
     changed |= bool((all_stay & ~stays[flat]).any())
     stays[flat[all_stay]] = True
     return changed

@@ -141,7 +141,7 @@ def _sums(
             score = by_tensor.get(id(get_path(gm, name)))
             if score is not None:
                 scored = True
-                rows = score.movedim(dim, 0).flatten(1).sum(dim=1) if score.ndim > 1 else score
+                rows = score.movedim(dim, 0).reshape(score.shape[dim], -1).sum(dim=1)
                 sums += rows.cpu()[torch.tensor([group.parts[at].places for group in family.groups])].sum(dim=1)
         if scored:
             found[family.name] = sums

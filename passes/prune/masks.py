@@ -17,7 +17,7 @@ from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 from fxopt.ops import UPDATE_BUFFER
 
-__all__ = ["MaskPlan", "compressed_sizes", "is_masked", "masked_parts", "masked_products", "norm_masks"]
+__all__ = ["MaskPlan", "compressed_sizes", "is_masked", "kept_slices", "masked_parts", "masked_products", "norm_masks"]
 
 aten = torch.ops.aten
 
@@ -154,9 +154,14 @@ def _axes(mask: torch.Tensor) -> str:
     """Return in words how many slices of the first two axes are masked as a whole."""
     words = []
     for dim, word in enumerate(("rows", "columns")[: mask.ndim if mask.ndim > 1 else 0]):
-        gone = int((~mask.movedim(dim, 0).flatten(1).any(dim=1)).sum())
+        gone = int((~kept_slices(mask, dim)).sum())
         words += [f"{gone} of {mask.shape[dim]} {word} masked"] if gone else []
     return "; " + ", ".join(words) if words else ""
+
+
+def kept_slices(mask: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return which slices along an axis a mask keeps something of, bool[size]."""
+    return mask.movedim(dim, 0).reshape(mask.shape[dim], -1).any(dim=1)
 
 
 def _read(node: torch.fx.Node) -> torch.Tensor:

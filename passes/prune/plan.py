@@ -14,11 +14,13 @@ from fxopt.attributes import get_path
 from fxopt.errors import PassError, PreconditionError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.normalization_ops import MASKED_GROUP_NORM
+from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.ends import MaskedEnd
 from fxopt.passes.prune.groups import Family, Group, families_of
 from fxopt.passes.prune.insert_masks import InsertMasks
 from fxopt.passes.prune.layers import layer_axes
-from fxopt.passes.prune.masks import MaskPlan
+from fxopt.passes.prune.masks import MaskPlan, kept_slices
+from fxopt.passes.prune.removal import Removal
 from fxopt.passes.prune.shrinking import remaining, removal_of
 from fxopt.passes.prune.structure import Structure
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
@@ -71,7 +73,7 @@ def prunable(gm: CapturedModule, *, heads: bool = False, skip: Sequence[str] = (
         return Prunable(
             structure, families, refused if every else {"heads": "the graph computes no attention by heads"}
         )
-    return Prunable(structure, families, refused | _layers_that_stay(gm, every))
+    return Prunable(structure, families, refused | _layers_that_stay(gm, structure, every))
 
 
 def names_that_fit(gm: CapturedModule, patterns: Iterable[str]) -> set[str]:
@@ -140,9 +142,7 @@ def masked_last(
             if canonical not in held:
                 gone[:] = False
                 break
-            rows = (
-                ~held[canonical].movedim(dim, 0).flatten(1).any(dim=1) if held[canonical].ndim > 1 else ~held[canonical]
-            )
+            rows = ~kept_slices(held[canonical], dim)
             gone &= rows[torch.tensor([group.parts[at].places for group in family.groups])].all(dim=1)
         found[family.name] = scores[family.name].masked_fill(gone, -torch.inf)
     return found
@@ -166,18 +166,17 @@ def check_not_quantized(gm: CapturedModule) -> None:
         )
 
 
-def _layers_that_stay(gm: CapturedModule, families: Sequence[Family]) -> dict[str, str]:
+def _layers_that_stay(gm: CapturedModule, structure: Structure, families: Sequence[Family]) -> dict[str, str]:
     """Return the layers none of whose outputs can go, and why, by name of the weight."""
     offered = {axis for family in families for axis in family.axes}
     wanted = {name: outputs for name, (_, outputs) in layer_axes(gm).items() if (name, outputs) not in offered}
-    removal = removal_of(gm)
+    removal = Removal(structure, Constants(structure))
     found: dict[str, str] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr" and node.target in wanted:
-            axis = removal.structure.axis(node, wanted[str(node.target)])
-            reasons = [] if axis is None else removal.reasons(axis)
-            if reasons:
-                found[str(node.target)] = f"its outputs stay: {reasons[0][1]}"
+    for name, outputs in wanted.items():
+        axes = structure.attributes.get(name)  # none where a tied weight is read under another name
+        axis = None if axes is None else axes[outputs]
+        if axis is not None and (reasons := removal.reasons(axis)):
+            found[name] = f"its outputs stay: {reasons[0][1]}"
     return found
 
 

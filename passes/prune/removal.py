@@ -13,7 +13,7 @@ import scipy.sparse.csgraph
 import torch
 
 from fxopt.passes.prune.constants import Constants
-from fxopt.passes.prune.structure import Indices, Structure
+from fxopt.passes.prune.structure import Indices, Structure, spread
 
 __all__ = ["Removal", "classes_of"]
 
@@ -86,11 +86,9 @@ class Removal:
         changed = False
         by_factor = np.zeros(flat.shape, bool)
         for place, factor in enumerate(factors):
-            shape = [1] * flat.ndim
-            shape[place] = len(factor)
             stays = ~np.moveaxis(self.removed(flat), place, 0).reshape(len(factor), -1).all(axis=1)
             changed |= self._keep(factor[stays])
-            by_factor |= self.removed(factor).reshape(shape)
+            by_factor |= spread(self.removed(factor), place, flat.ndim)
         return self._keep(flat[~by_factor]) or changed
 
     def _keep_one_of_each_axis(self) -> bool:

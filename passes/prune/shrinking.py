@@ -10,7 +10,7 @@ from fxopt.passes.prune.bake_masks import drop_full_masks
 from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.cut import Cut
 from fxopt.passes.prune.groups import Group
-from fxopt.passes.prune.masks import masked_parts
+from fxopt.passes.prune.masks import kept_slices, masked_parts
 from fxopt.passes.prune.removal import Removal
 from fxopt.passes.prune.structure import Indices, Structure
 from fxopt.resizing import Resizing
@@ -72,7 +72,7 @@ def _masked_in_vain(rw: Rewriter, removal: Removal) -> Iterator[tuple[torch.fx.N
         for dim, axis in enumerate(removal.structure.axes(parts[0])):
             if axis is None or mask.ndim < 2:
                 continue
-            slices = ~mask.movedim(dim, 0).flatten(1).any(dim=1).cpu().numpy()
+            slices = ~kept_slices(mask, dim).cpu().numpy()
             stays = axis[slices][~removal.removed(axis[slices])]
             if len(stays):
                 word = ("rows", "columns")[dim] if dim < 2 else f"slices of axis {dim}"

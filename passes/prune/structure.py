@@ -117,6 +117,7 @@ class Structure:
         self.attributes: dict[str, list[Indices | None]] = {}
         self.heads: list[Indices] = []
         self.notes: dict[tuple[torch.fx.Node, str], Indices] = {}
+        self._ends_at: dict[torch.fx.Node, list[End]] = {}
         self._axes: dict[tuple[Any, int | None, int], Indices | None] = {}
         self._node = module.graph.output_node()
         for node in module.graph.nodes:
@@ -166,6 +167,15 @@ class Structure:
     def _key(self, node: torch.fx.Node) -> Any:
         """Return what stands for the value: the tensor itself for an attribute, which several nodes may read."""
         return id(get_path(self.module, str(node.target))) if node.op == "get_attr" else node
+
+    def is_one(self, node: torch.fx.Node, dim: int) -> bool:
+        """Return whether an axis has the fixed size 1, and is broadcast where others are longer."""
+        size = self.value(node).shape[dim]
+        return isinstance(size, int) and size == 1
+
+    def ends_at(self, node: torch.fx.Node) -> list[End]:
+        """Return the ends of a node."""
+        return self._ends_at.get(node, [])
 
     # ---- relations
 
@@ -225,6 +235,7 @@ class Structure:
     def end(self, end: End) -> None:
         """Add a place where indices end."""
         self.ends.append(end)
+        self._ends_at.setdefault(end.node, []).append(end)
 
     def _product(self, flat: Indices, factors: Sequence[Indices], *, splits: bool) -> None:
         self.product(flat, factors)
@@ -235,10 +246,17 @@ class Structure:
         self.moves.setdefault(self._node, []).append(move)
 
 
+def spread(values: np.ndarray, place: int, rank: int) -> np.ndarray:
+    """Return one number for each index of a factor, as numpy broadcasts it along axis ``place`` of ``rank`` axes."""
+    shape = [1] * rank
+    shape[place] = -1
+    return values.reshape(shape)
+
+
 def where(node: torch.fx.Node) -> str:
     """Return the name of a node, with the user's line if it is known."""
     line = source_line(node)
     return f"{node.name} ({line})" if line else node.name
 
 
-__all__ += ["where"]
+__all__ += ["spread", "where"]

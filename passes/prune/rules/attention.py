@@ -52,8 +52,7 @@ class _Attention(Rule):
     def _heads(structure: Structure, other: torch.fx.Node, node: torch.fx.Node, dim: int) -> None:
         axis, to = structure.axis(other, dim), structure.axis(node, dim)
         if axis is None and to is not None:
-            size = structure.value(other).shape[dim]
-            if not (isinstance(size, int) and size == 1):
+            if not structure.is_one(other, dim):
                 structure.pin(to, "it meets a size that is not fixed")
         elif axis is not None and to is not None and len(axis) < len(to):  # grouped queries
             structure.product(to, [axis, structure.fresh(len(to) // len(axis))])
@@ -85,10 +84,10 @@ def _relate_mask(
         return
     behind = len(outer) + 2 - structure.rank(mask)
     for dim in range(structure.rank(mask)):
-        axis, size = structure.axis(mask, dim), structure.value(mask).shape[dim]
+        axis = structure.axis(mask, dim)
         if dim + behind >= len(outer):
             structure.pin(axis, "it is a place of a sequence")
-        elif not (isinstance(size, int) and size == 1):
+        elif not structure.is_one(mask, dim):
             structure.same(axis, outer[dim + behind])
 
 

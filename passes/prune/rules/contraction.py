@@ -12,25 +12,13 @@ from fxopt.args import arg, shape, tensor_arg
 from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.cut import Cut
-from fxopt.passes.prune.ends import SumEnd, WeightedEnd
-from fxopt.passes.prune.removal import Removal
+from fxopt.passes.prune.ends import SumEnd, TransposedEnd, WeightedEnd
 from fxopt.passes.prune.rules.base import Rule, handles
 from fxopt.passes.prune.structure import Structure
 
 __all__: list[str] = []
 
 aten = torch.ops.aten
-
-
-class _TransposedEnd(WeightedEnd):
-    """As :class:`WeightedEnd`, with a weight that lists its input channels first."""
-
-    def filled(self, removal: Removal) -> np.ndarray | None:
-        """Return where the weight is not 0, bool[groups, rows, channels], or None if it is not known."""
-        tensor = removal.constants.known.get(self.weight)
-        if tensor is not None and self._filled is None:
-            self._filled = _by_group(tensor != 0, self)
-        return self._filled
 
 
 class _Layer(Rule):
@@ -47,13 +35,11 @@ class _Layer(Rule):
             return
         values = constants.values[end.indices]
         usable = (values == 0) | (np.isfinite(values) if end.absorbs else False)
-        steady = ~(_by_group(tensor != 0, end) & ~usable[:, None, :]).any(axis=2)
+        steady = ~(end.by_group(tensor != 0) & ~usable[:, None, :]).any(axis=2)
         found = np.zeros(steady.shape)
         if (usable & (values != 0)).any():
-            found = (_by_group(tensor.double(), end) * np.where(usable, values, 0.0)[:, None, :]).sum(axis=2)
-        bias = arg(node, "bias")
-        if isinstance(bias, torch.fx.Node):
-            found = found + constants.along(bias, -1, found.size).reshape(found.shape)
+            found = (end.by_group(tensor.double()) * np.where(usable, values, 0.0)[:, None, :]).sum(axis=2)
+        found = found + constants.vector(arg(node, "bias"), found.size, 0.0).reshape(found.shape)
         constants.values[out] = np.where(steady, found, np.nan).ravel()
 
     def cut(self, node: torch.fx.Node, cut: Cut) -> None:
@@ -66,7 +52,7 @@ class _Layer(Rule):
         gone = cut.removal.removed(end.indices) & np.isfinite(values) & (values != 0)
         if not gone.any():
             return
-        added = (_by_group(tensor.double(), end) * np.where(gone, values, 0.0)[:, None, :]).sum(axis=2)
+        added = (end.by_group(tensor.double()) * np.where(gone, values, 0.0)[:, None, :]).sum(axis=2)
         stays = ~cut.removal.removed(end.rows)
         if added[stays].any():
             cut.add_to_bias(node, torch.from_numpy(added[stays]).to(tensor))
@@ -74,17 +60,7 @@ class _Layer(Rule):
 
 def _end_at(node: torch.fx.Node, structure: Structure) -> WeightedEnd | None:
     """Return where the input channels of a layer end."""
-    return next((end for end in structure.ends if end.node is node and isinstance(end, WeightedEnd)), None)
-
-
-def _by_group(tensor: torch.Tensor, end: WeightedEnd) -> np.ndarray:
-    """Return a weight summed over its places, in the shape [groups, rows, channels]; of bools, whether any is true."""
-    places = tuple(range(2, tensor.ndim))
-    flat = tensor if not places else tensor.any(dim=places) if tensor.dtype == torch.bool else tensor.sum(dim=places)
-    (groups, channels), rows = end.indices.shape, end.rows.shape[1]
-    if isinstance(end, _TransposedEnd):
-        return flat.reshape(groups, channels, rows).transpose(1, 2).cpu().numpy()
-    return flat.reshape(groups, rows, channels).cpu().numpy()
+    return next((end for end in structure.ends_at(node) if isinstance(end, WeightedEnd)), None)
 
 
 @handles(aten.linear.default)
@@ -141,7 +117,7 @@ class _Convolution(_Layer):
             structure.same(*outs)
         if isinstance(bias, torch.fx.Node) and structure.axis(bias, 0) is not None:
             structure.same(structure.axis(bias, 0), outs[0])
-        end = _TransposedEnd if transposed else WeightedEnd
+        end = TransposedEnd if transposed else WeightedEnd
         absorbs = not transposed and not self._pads(node)  # a transposed one adds more in the middle than at the edge
         structure.end(end(node, ins[0].reshape(groups, -1), outs[0].reshape(groups, -1), weight, absorbs=absorbs))
 
@@ -232,8 +208,7 @@ def _operands(node: torch.fx.Node) -> tuple[torch.fx.Node | None, torch.fx.Node,
 def _broadcast(operand: torch.fx.Node, count: int, node: torch.fx.Node, until: int, structure: Structure) -> None:
     """Say that the first ``count`` axes of an operand are broadcast to those of the result in front of ``until``."""
     for dim in range(count):
-        size = structure.value(operand).shape[dim]
-        if not (isinstance(size, int) and size == 1):
+        if not structure.is_one(operand, dim):
             structure.same(structure.axis(operand, dim), structure.axis(node, until - count + dim))
 
 

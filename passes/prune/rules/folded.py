@@ -52,7 +52,7 @@ def relate_folded(node: torch.fx.Node, ins: list[int], outs: list[int], structur
     if len(ins) != 2 or len(outs) > 2 or fixed[0] is not None or fixed[1] is None or left[0] is not None:
         return False
     inner = left[1] if len(outs) > 1 else None
-    if (len(outs) > 1 and inner is None) or _is_one(structure.value(source).shape[ins[0]]):
+    if (len(outs) > 1 and inner is None) or structure.is_one(source, ins[0]):
         return False
     count = len(fixed[1]) // (1 if inner is None else len(inner))
     if count * (1 if inner is None else len(inner)) != len(fixed[1]) or count < 2:
@@ -101,7 +101,7 @@ def _unfolds(node: torch.fx.Node, dim: int, count: int, structure: Structure, ma
         return False
     before, after = structure.value(node.all_input_nodes[0]).shape, structure.value(node).shape
     outs = next((outs for ins, outs in matching(before, after) if ins == [dim]), [])
-    return len(outs) == 2 and structure.axis(node, outs[0]) is None and _is(after[outs[1]], count)
+    return len(outs) == 2 and structure.axis(node, outs[0]) is None and _is_fixed(after[outs[1]], count)
 
 
 def _moved(node: torch.fx.Node, dim: int, structure: Structure) -> int:
@@ -111,9 +111,5 @@ def _moved(node: torch.fx.Node, dim: int, structure: Structure) -> int:
     return list(order).index(2 + dim)
 
 
-def _is_one(size: Any) -> bool:
-    return _is(size, 1)
-
-
-def _is(size: Any, number: int) -> bool:
+def _is_fixed(size: Any, number: int) -> bool:
     return isinstance(size, int) and size == number

@@ -45,14 +45,9 @@ class _MaskedNorm(Rule):
         axis = constants.structure.axis(node, _channels(node, constants.structure))
         if axis is None:
             return
-
-        def vector(name: str, otherwise: float) -> np.ndarray:
-            value = arg(node, name)
-            given = isinstance(value, torch.fx.Node)
-            return constants.along(value, -1, len(axis)) if given else np.full(len(axis), otherwise)
-
-        fixed = (vector("mask", 1.0) == 0) | (vector("weight", 1.0) == 0)
-        constants.values[axis] = np.where(fixed, vector("bias", 0.0), np.nan)
+        mask, gain = (constants.vector(arg(node, name), len(axis), 1.0) for name in ("mask", "weight"))
+        shift = constants.vector(arg(node, "bias"), len(axis), 0.0)
+        constants.values[axis] = np.where((mask == 0) | (gain == 0), shift, np.nan)
 
     def cut(self, node: torch.fx.Node, cut: Cut) -> None:
         """Bring the number of groups up to date; where the mask keeps all that is left, normalize without it."""

@@ -42,8 +42,8 @@ class _Expand(Rule):
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
         source = tensor_arg(node, "self")
         behind = structure.rank(node) - structure.rank(source)
-        for dim, size in enumerate(structure.value(source).shape):
-            if not (isinstance(size, int) and size == 1):
+        for dim in range(structure.rank(source)):
+            if not structure.is_one(source, dim):
                 structure.move_axis(source, dim, node, dim + behind)
         if node.target is aten.expand_as.default:
             for axis, to in zip(structure.axes(tensor_arg(node, "other")), structure.axes(node), strict=True):

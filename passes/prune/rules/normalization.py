@@ -12,7 +12,7 @@ from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.cut import Cut
 from fxopt.passes.prune.ends import NormalizedEnd, SumEnd
 from fxopt.passes.prune.rules.base import Rule, handles
-from fxopt.passes.prune.structure import Structure
+from fxopt.passes.prune.structure import Indices, Structure
 
 __all__: list[str] = []
 
@@ -46,12 +46,9 @@ class _BatchNorm(Rule):
 
         def vector(name: str, otherwise: float) -> np.ndarray:
             value = arg(node, name)
-            if not isinstance(value, torch.fx.Node):
-                return np.full(size, otherwise)
             # Running statistics are written while training; in evaluation they are what the buffer holds.
-            found = constants.along(value, -1, size)
-            buffer = constants.buffer(value)
-            return found if buffer is None else buffer.double().numpy()
+            buffer = constants.buffer(value) if isinstance(value, torch.fx.Node) else None
+            return constants.vector(value, size, otherwise) if buffer is None else buffer.double().numpy()
 
         gain, shift = vector("weight", 1.0), vector("bias", 0.0)
         found = np.where(gain == 0, shift, np.nan)
@@ -61,9 +58,18 @@ class _BatchNorm(Rule):
         constants.values[out] = found
 
 
-@handles(aten.layer_norm.default)
-class _LayerNorm(Rule):
-    """Statistics over the last axis: an index of it can go only with a mask that leaves it out of them."""
+def _scaled_away(node: torch.fx.Node, dim: int, constants: Constants, *, bias: bool = True) -> np.ndarray:
+    """Return the shift of each channel along an axis whose gain is 0, f64[channels], NaN for the others."""
+    axis = constants.structure.axis(node, dim)
+    size = 0 if axis is None else len(axis)
+    gain = constants.vector(arg(node, "weight"), size, np.nan)
+    return np.where(gain == 0, constants.vector(arg(node, "bias") if bias else None, size, 0.0), np.nan)
+
+
+class _OverLastAxes(Rule):
+    """Statistics over the last axes, along which gain and shift lie; other axes are handed through."""
+
+    affine: tuple[str, ...] = ("weight", "bias")
 
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
         source, rank, shape = arg(node, "input"), structure.rank(node), arg(node, "normalized_shape")
@@ -72,67 +78,64 @@ class _LayerNorm(Rule):
             structure.same(axis, to)
             if dim < rank - len(shape) or axis is None:
                 continue
-            if len(shape) > 1:
-                structure.pin(axis, "it is normalized over, together with other axes")
-            else:
-                structure.end(NormalizedEnd(node, axis))
-            for name in ("weight", "bias"):
+            self.normalize(node, axis, len(shape), structure)
+            for name in self.affine:
                 if isinstance(arg(node, name), torch.fx.Node):
                     structure.same(structure.axis(arg(node, name), dim - rank + len(shape)), to)
 
+    def normalize(self, node: torch.fx.Node, axis: Indices, axes: int, structure: Structure) -> None:
+        """Say what it takes for an index of one of ``axes`` axes to go."""
+        raise NotImplementedError
+
+    def sizes(self, node: torch.fx.Node, cut: Cut) -> list[int]:
+        """Return the sizes of these axes after the cut."""
+        shape = arg(node, "normalized_shape")
+        first = cut.structure.rank(node) - len(shape)
+        return [cut.size(node, first + place) for place in range(len(shape))]
+
+
+@handles(aten.layer_norm.default)
+class _LayerNorm(_OverLastAxes):
+    """An index of the last axis can go only with a mask that leaves it out of the statistics."""
+
+    def normalize(self, node: torch.fx.Node, axis: Indices, axes: int, structure: Structure) -> None:
+        """Let one axis end; several stay."""
+        if axes > 1:
+            structure.pin(axis, "it is normalized over, together with other axes")
+        else:
+            structure.end(NormalizedEnd(node, axis))
+
     def constants(self, node: torch.fx.Node, constants: Constants) -> None:
         """Where the gain is 0, the result is the shift."""
-        constants.values[_last(node, constants)] = _scaled_away(node, constants)
+        if (axis := constants.structure.axis(node, -1)) is not None:
+            constants.values[axis] = _scaled_away(node, -1, constants)
 
     def cut(self, node: torch.fx.Node, cut: Cut) -> None:
         """Bring the shape up to date; it changes only where a mask had left the indices out."""
-        shape = arg(node, "normalized_shape")
-        first = cut.structure.rank(node) - len(shape)
-        cut.set_arg(node, "normalized_shape", [cut.size(node, first + place) for place in range(len(shape))])
-
-
-def _last(node: torch.fx.Node, constants: Constants) -> np.ndarray:
-    axis = constants.structure.axis(node, -1)
-    return np.zeros(0, int) if axis is None else axis
-
-
-def _scaled_away(node: torch.fx.Node, constants: Constants) -> np.ndarray:
-    size = len(_last(node, constants))
-    weight = arg(node, "weight")
-    bias = arg(node, "bias") if node.target is not aten.rms_norm.default else None
-    if not isinstance(weight, torch.fx.Node):
-        return np.full(size, np.nan)
-    shift = constants.along(bias, -1, size) if isinstance(bias, torch.fx.Node) else np.zeros(size)
-    return np.where(constants.along(weight, -1, size) == 0, shift, np.nan)
+        cut.set_arg(node, "normalized_shape", self.sizes(node, cut))
 
 
 @handles(aten.rms_norm.default)
-class _RmsNorm(Rule):
+class _RmsNorm(_OverLastAxes):
     """x / sqrt(sum(x^2) / n + eps): zeros may go, and n stays what it was by way of eps and a factor."""
 
-    def relate(self, node: torch.fx.Node, structure: Structure) -> None:
-        source, rank, shape = arg(node, "input"), structure.rank(node), arg(node, "normalized_shape")
-        for dim in range(rank):
-            axis, to = structure.axis(source, dim), structure.axis(node, dim)
-            structure.same(axis, to)
-            if dim >= rank - len(shape) and axis is not None:
-                structure.end(SumEnd(node, axis))
-                if isinstance(arg(node, "weight"), torch.fx.Node):
-                    structure.same(structure.axis(arg(node, "weight"), dim - rank + len(shape)), to)
+    affine = ("weight",)
+
+    def normalize(self, node: torch.fx.Node, axis: Indices, axes: int, structure: Structure) -> None:
+        """Let each axis end in a sum."""
+        structure.end(SumEnd(node, axis))
 
     def constants(self, node: torch.fx.Node, constants: Constants) -> None:
         """Zeros stay zeros, and so does what the gain is 0 for."""
-        axis = _last(node, constants)
-        found = _scaled_away(node, constants)
-        source = constants.structure.axis(arg(node, "input"), -1)
-        constants.values[axis] = found if source is None else np.where(constants.values[source] == 0, 0.0, found)
+        axis, source = (constants.structure.axis(value, -1) for value in (node, arg(node, "input")))
+        if axis is not None:
+            found = _scaled_away(node, -1, constants, bias=False)
+            constants.values[axis] = found if source is None else np.where(constants.values[source] == 0, 0.0, found)
 
     def cut(self, node: torch.fx.Node, cut: Cut) -> None:
         """Keep the number of values that the mean is taken of."""
-        shape = arg(node, "normalized_shape")
-        rank = cut.structure.rank(node)
-        sizes = [cut.size(node, rank - len(shape) + place) for place in range(len(shape))]
-        before, now = math.prod(shape), math.prod(sizes)
+        sizes = self.sizes(node, cut)
+        before, now = math.prod(arg(node, "normalized_shape")), math.prod(sizes)
         if before != now:
             eps = arg(node, "eps")
             if eps is None:
@@ -173,10 +176,8 @@ class _GroupNorm(Rule):
 
     def constants(self, node: torch.fx.Node, constants: Constants) -> None:
         """Where the gain is 0, the result is the shift."""
-        axis, weight, bias = constants.structure.axis(node, 1), arg(node, "weight"), arg(node, "bias")
-        if axis is not None and isinstance(weight, torch.fx.Node):
-            shift = constants.along(bias, -1, len(axis)) if isinstance(bias, torch.fx.Node) else np.zeros(len(axis))
-            constants.values[axis] = np.where(constants.along(weight, -1, len(axis)) == 0, shift, np.nan)
+        if (axis := constants.structure.axis(node, 1)) is not None:
+            constants.values[axis] = _scaled_away(node, 1, constants)
 
     def cut(self, node: torch.fx.Node, cut: Cut) -> None:
         """Bring the number of groups up to date."""

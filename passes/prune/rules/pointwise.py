@@ -66,8 +66,7 @@ class _Pointwise(Rule):
         for source in sources:
             behind = rank - structure.rank(source)
             for dim in range(structure.rank(source)):
-                size = structure.value(source).shape[dim]
-                if not (isinstance(size, int) and size == 1):
+                if not structure.is_one(source, dim):
                     structure.same(structure.axis(source, dim), structure.axis(node, dim + behind))
 
     def constants(self, node: torch.fx.Node, constants: Constants) -> None:

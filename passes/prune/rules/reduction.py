@@ -40,8 +40,7 @@ class _Reduction(Rule):
     """Other axes are handed through; one that is reduced may lose zeros if it is added up, and else stays whole."""
 
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
+        source = node.all_input_nodes[0]
         rank = structure.rank(source)
         gone = reduced(node, rank)
         keeps = structure.rank(node) == rank
@@ -74,8 +73,7 @@ class _Reduction(Rule):
         """Divide a mean by the number of values that it was taken of."""
         if node.target not in _MEANS:
             return
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
+        source = node.all_input_nodes[0]
         share = 1.0
         for dim in reduced(node, cut.structure.rank(source)):
             axis = cut.structure.axis(source, dim)
@@ -95,8 +93,7 @@ class _Along(Rule):
     """One axis (the last two of a triangle) stays whole, the others are handed through."""
 
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
+        source = node.all_input_nodes[0]
         rank = structure.rank(source)
         triangle = node.target in (aten.tril.default, aten.triu.default)
         if node.target in (aten.softmax.int, aten._softmax.default) and rank > 3:
@@ -132,8 +129,7 @@ class _Window(Rule):
     """Places are mixed with their neighbours; channels are left alone."""
 
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
-        source = node.args[0]
-        assert isinstance(source, torch.fx.Node)
+        source = node.all_input_nodes[0]
         places = _places(node)
         for slot in range(len(node.meta["val"])) if isinstance(node.meta["val"], tuple | list) else (None,):
             rank = structure.rank(node, slot)
