@@ -14,7 +14,7 @@ from fxopt.dimensions import Sample
 from fxopt.errors import CalibrationError, InputError, describe
 from fxopt.graph_module import CapturedModule, InputSpec
 
-__all__ = ["calibration_length", "calibration_samples"]
+__all__ = ["calibration_length", "calibration_of", "calibration_samples"]
 
 
 def calibration_samples(gm: CapturedModule, data: Iterable[Any] | Callable[[], Iterable[Any]]) -> Iterator[Sample]:
@@ -44,6 +44,11 @@ def calibration_samples(gm: CapturedModule, data: Iterable[Any] | Callable[[], I
             f"got {type(data).__name__}"
         )
     return _samples(gm, data)
+
+
+def calibration_of(gm: CapturedModule) -> Any:
+    """Return the calibration inputs that a graph carries, or its examples: what ``calibration_samples`` takes."""
+    return gm.samples if gm.calibration is None else gm.calibration
 
 
 def calibration_length(data: Any) -> int | None:

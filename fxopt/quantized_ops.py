@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["DEQUANTIZE", "FAKE_QUANTIZE", "QUANTIZE", "along"]
+__all__ = ["DEQUANTIZE", "FAKE_QUANTIZE", "QUANTIZE", "along", "quantizer_in"]
 
 _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _LIBRARY.define("quantize(Tensor x, Tensor scale, Tensor zero_point, int axis, int qmin, int qmax) -> Tensor")
@@ -80,3 +80,10 @@ _LIBRARY.impl("fake_quantize", _fake_quantize, "CompositeImplicitAutograd")
 QUANTIZE = torch.ops.fxopt.quantize.default
 DEQUANTIZE = torch.ops.fxopt.dequantize.default
 FAKE_QUANTIZE = torch.ops.fxopt.fake_quantize.default
+
+
+def quantizer_in(gm: torch.fx.GraphModule) -> torch.fx.Node | None:
+    """Return the first call of a graph, or of a graph inside it, that quantizes, dequantizes or stands for both."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, torch.fx.GraphModule)]
+    quantizers = (QUANTIZE, DEQUANTIZE, FAKE_QUANTIZE)
+    return next((node for graph in graphs for node in graph.nodes if node.target in quantizers), None)

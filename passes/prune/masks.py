@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import pickle
 import zlib
@@ -14,6 +13,7 @@ from fxopt.args import arg, shape_text
 from fxopt.attributes import get_path, owner_of
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.name_patterns import names_fitting
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 from fxopt.ops import UPDATE_BUFFER
 
@@ -86,14 +86,7 @@ class MaskPlan(Mapping[str, torch.Tensor]):
         Raises:
             PassError: a pattern fits none.
         """
-        found: dict[str, None] = {}
-        for pattern in patterns:
-            fitting = fnmatch.filter(self._masks, pattern)
-            if not fitting:
-                listed = ", ".join(list(self._masks)[:8]) + (", ..." if len(self._masks) > 8 else "")
-                raise PassError(describe(f"no parameter of the plan fits {pattern!r}", wanted=listed))
-            found.update(dict.fromkeys(fitting))
-        return tuple(found)
+        return names_fitting(self._masks, patterns, of="parameter of the plan")
 
     def without(self, *patterns: str) -> MaskPlan:
         """Return the plan that keeps these parameters whole.

@@ -23,7 +23,7 @@ from fxopt.passes.prune.masks import MaskPlan, kept_slices
 from fxopt.passes.prune.removal import Removal
 from fxopt.passes.prune.shrinking import remaining, removal_of
 from fxopt.passes.prune.structure import Structure
-from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from fxopt.quantized_ops import quantizer_in
 from fxopt.rewriter import Rewriter
 
 __all__ = ["Prunable", "channel_plan", "check_not_quantized", "masked_last", "names_that_fit", "prunable"]
@@ -154,7 +154,7 @@ def check_not_quantized(gm: CapturedModule) -> None:
     Raises:
         PreconditionError: it has.
     """
-    quantizer = next((n for n in gm.graph.nodes if n.target in (QUANTIZE, DEQUANTIZE, FAKE_QUANTIZE)), None)
+    quantizer = quantizer_in(gm)
     if quantizer is not None:
         raise PreconditionError(
             describe(

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, get_args
 
 import torch
 
+from fxopt.calibration_data import calibration_of
 from fxopt.changes import Skip
 from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
@@ -205,7 +206,7 @@ class Prune(Pass):
         if self.plan is not None:
             return self.plan
         check_not_quantized(gm)
-        data = calibration if calibration is not None else gm.samples if gm.calibration is None else gm.calibration
+        data = calibration_of(gm) if calibration is None else calibration
         plan = self._channels(gm, data, found, told) if self.structured else self._weights(gm, data)
         return plan.joined(MaskPlan.of(gm))
 

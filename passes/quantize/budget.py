@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from fxopt.args import module_path
-from fxopt.calibration_data import calibration_samples
+from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.correct_bias import channel_means, corrections, shift_biases
 from fxopt.passes.quantize.costs import FLOAT, Costs, Width, WidthTable, macs_of, weight_elements
 from fxopt.passes.quantize.insert_qdq import InsertQdq

@@ -20,10 +20,9 @@ from typing import Any, ClassVar
 import torch
 
 from fxopt.args import arg
-from fxopt.calibration_data import calibration_samples
+from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.passes.quantize.simulate import Simulation, along_channels, channel_axis, run_by_node

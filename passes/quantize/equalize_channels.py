@@ -27,11 +27,11 @@ import numpy as np
 import torch
 
 from fxopt.args import shape
+from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.layout import bias_of
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.simulate import channel_axis

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 
-from fxopt.passes.quantize.calibration_source import calibration_of
+from fxopt.calibration_data import calibration_of
 from fxopt.passes.quantize.layer_inputs import PlannedLayer, planned_layers
 from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.rewriter import Rewriter

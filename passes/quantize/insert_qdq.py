@@ -27,7 +27,7 @@ from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import TARGETS
 from fxopt.passes.quantize.weights import bias_integers, constant_of, parameters_of, weight_integers
-from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
+from fxopt.quantized_ops import DEQUANTIZE, QUANTIZE, quantizer_in
 from fxopt.rewriter import Rewriter
 
 __all__ = ["InsertQdq", "refuse_quantized"]
@@ -85,16 +85,16 @@ class InsertQdq(PlannedPass):
 
 def refuse_quantized(rw: Rewriter, pass_name: str) -> None:
     """Raise PassError if the graph holds quantizers already: what a second one would measure is their noise."""
-    for node in rw.nodes():
-        if node.target in (QUANTIZE, DEQUANTIZE, FAKE_QUANTIZE):
-            raise PassError(
-                describe(
-                    f"the graph is quantized already, and {pass_name} works on floats",
-                    got=f"{node.name} ({node.target})",
-                    source=source_line(node),
-                    try_="the graph before it was quantized",
-                )
+    node = quantizer_in(rw.gm)
+    if node is not None:
+        raise PassError(
+            describe(
+                f"the graph is quantized already, and {pass_name} works on floats",
+                got=f"{node.name} ({node.target})",
+                source=source_line(node),
+                try_="the graph before it was quantized",
             )
+        )
 
 
 class _Inserter:

@@ -16,14 +16,13 @@ from typing import Literal
 
 import torch
 
-from fxopt.calibration_data import calibration_samples
+from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.errors import CalibrationError
 from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.adaround import AdaRound
 from fxopt.passes.quantize.calibrate import Progress
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fxopt.args import source_line
+from fxopt.calibration_data import calibration_of
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.passes.quantize.calibrate import Progress, calibrate
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.layout import bias_of, input_of
 from fxopt.passes.quantize.placement import Site, all_sites, integer_sites
 from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 
 from fxopt.args import arg, shape
+from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
-from fxopt.passes.quantize.calibration_source import calibration_of
 from fxopt.passes.quantize.graph_walk import sampled_rows
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
 from fxopt.passes.quantize.placement import Site, integer_sites

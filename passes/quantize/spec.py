@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from fxopt.errors import PassError, describe
+from fxopt.errors import PassError
+from fxopt.name_patterns import names_fitting
 
 __all__ = ["WIDTHS", "QuantPlan", "QuantSpec"]
 
@@ -149,18 +149,7 @@ class QuantPlan(Mapping[str, QuantSpec]):
         Raises:
             PassError: a pattern fits none.
         """
-        found: dict[str, None] = {}
-        for pattern in patterns:
-            fitting = fnmatch.filter(self._specs, pattern)
-            if not fitting:
-                raise PassError(
-                    describe(
-                        f"no node of the plan fits {pattern!r}",
-                        wanted=", ".join(list(self._specs)[:8]) + (", ..." if len(self._specs) > 8 else ""),
-                    )
-                )
-            found.update(dict.fromkeys(fitting))
-        return tuple(found)
+        return names_fitting(self._specs, patterns, of="node of the plan")
 
     def without(self, *patterns: str) -> QuantPlan:
         """Return the plan that leaves these values floats."""
