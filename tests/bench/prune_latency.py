@@ -18,6 +18,7 @@ from rich.console import Console
 import fxopt
 from fxopt.export import to_onnx, width_costs
 from fxopt.passes.prune import Prune, ShrinkMasked
+from tests.models.randomized import randomized
 from tests.zoo import data, weights
 
 MODELS = ("mnist_cnn", "crepe_tiny", "mobilenet_v2", "resnet18")
@@ -33,12 +34,7 @@ def model_of(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
         return weights.crepe("tiny"), data.tones()[0][:1]
     import torchvision
 
-    model = getattr(torchvision.models, name)(weights=None).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model, torch.randn(1, 3, 96, 96)
+    return randomized(getattr(torchvision.models, name)(weights=None).eval()), torch.randn(1, 3, 96, 96)
 
 
 def latency(gm: fxopt.CapturedModule, x: torch.Tensor) -> float:

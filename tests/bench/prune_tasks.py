@@ -13,15 +13,11 @@ import copy
 import dataclasses
 import functools
 import importlib.util
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -32,6 +28,7 @@ import fxopt
 from fxopt.errors import PassError
 from fxopt.export import Session, to_onnx, width_costs
 from fxopt.passes import Prune
+from tests.bench.early_exit import in_turn, ort_run
 from tests.bench.zoo_table import one_thread, write_row
 from tests.zoo import data, weights
 
@@ -155,20 +152,9 @@ def _run(session: Session, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(session.run(inputs))
 
 
-def in_turn(files: Sequence[Path], row: Tensor) -> list[float]:
-    """Return the median milliseconds of each file on one row, run in turn."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 3
-    sessions = [onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
-    feeds = [{session.get_inputs()[0].name: np.asarray(row)} for session in sessions]
-    times: list[list[float]] = [[] for _ in files]
-    for _ in range(RUNS):
-        for at, (session, feed) in enumerate(zip(sessions, feeds, strict=True)):
-            started = time.perf_counter()
-            session.run(None, feed)
-            times[at].append((time.perf_counter() - started) * 1e3)
-    return [statistics.median(each) for each in times]
+def milliseconds(files: Sequence[Path], row: Tensor) -> list[float]:
+    """Return the median milliseconds of each file on one row, run in turn on one thread."""
+    return [each / 1e3 for each in in_turn([ort_run(Session(file, threads=1)) for file in files], row, RUNS).medians]
 
 
 def _measured(name: str, task: Task, console: Console, folder: Path, shares: Sequence[float]) -> None:
@@ -197,7 +183,7 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
                 fails(f"{share:.0%} of MACs", "Torch-Pruning", error)
                 add(f"{share:.0%} of MACs", "Torch-Pruning, hint", with_torch_pruning(task, share, hint=True))
         add(f"{share:.0%} of MACs", "fxopt", with_fxopt(task, f"macs:{share}")[0])
-        first, last = in_turn([files[0], files[-1]], row)
+        first, last = milliseconds([files[0], files[-1]], row)
         wanted = max(round(last / first / SPEEDUP, 3), 0.05)
         try:
             small, predicted = with_fxopt(task, f"latency:{wanted}")
@@ -209,7 +195,7 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
         files.append(folder / f"{len(files)}.onnx")
         to_onnx(integers, files[-1])
         rows.append((f"{wanted:.0%} of time, int8", "fxopt", small, None))
-    times = in_turn(files, row)
+    times = milliseconds(files, row)
     for (pruned_to, tool, model, predicted), ms, file in zip(rows, times, files, strict=True):
         write_row(
             console,

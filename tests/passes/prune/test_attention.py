@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxopt.attention_ops import MULTI_HEAD_ATTENTION
-from tests.passes.prune.nets import Shrunk, captured, net, shrink, shrunk
+from tests.passes.prune.nets import Shrunk, captured, net, randomized, shrink, shrunk
 
 N = ({0: "batch"},)
 X = torch.randn(3, 5, 6)
@@ -103,13 +103,6 @@ class Module(nn.Module):
         y = self.first(x)
         mixed, weights = self.attention(y, y, y, need_weights=self.need_weights)
         return (self.last(mixed), weights) if self.need_weights else (self.last(mixed),)
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    return model.eval()
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

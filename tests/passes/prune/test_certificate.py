@@ -10,23 +10,12 @@ from fxopt.passes.prune import shrink_masked
 from fxopt.passes.prune.certificate import Certificate, certify, difference
 from fxopt.passes.prune.cut import Cut
 from tests.models.randomized import randomized
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.body, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
-
-    def forward(self, image):
-        x = torch.relu(self.norm(self.stem(image)))
-        x = x + torch.relu(self.body(x))
-        return self.head(x.mean(dim=(2, 3)))
+from tests.passes.prune.nets import Residual
 
 
 @pytest.fixture
 def gm():
-    return fxopt.capture(randomized(Net()).eval(), (torch.randn(2, 3, 6, 6),), dynamic_shapes=({0: "batch"},))
+    return fxopt.capture(randomized(Residual(8, 4)).eval(), (torch.randn(2, 3, 6, 6),), dynamic_shapes=({0: "batch"},))
 
 
 @pytest.fixture

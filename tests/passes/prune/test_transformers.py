@@ -10,7 +10,8 @@ import transformers
 from torch import Tensor, nn
 from torchvision.models import convnext, maxvit, swin_transformer, vision_transformer
 
-from tests.passes.prune.norm_masks import Prefer, shrunk_with_norms, woken
+from tests.passes.prune.nets import randomized
+from tests.passes.prune.norm_masks import Prefer, shrunk_with_norms
 
 pytestmark = pytest.mark.ort
 
@@ -134,7 +135,7 @@ def test_language_model(name: str, prefer: Prefer) -> None:
     tokens, mask = torch.randint(0, VOCABULARY, (3, 6)), torch.ones(3, 6, dtype=torch.int64)
     mask[1, 4:] = 0
     found = shrunk_with_norms(
-        woken(Reader(case.make())),
+        randomized(Reader(case.make()), 0.25),
         tokens,
         mask,
         dynamic=TOKENS,
@@ -193,7 +194,8 @@ VISION = {
 def test_vision_model(name: str, prefer: Prefer) -> None:
     make, side, heads, shapes = VISION[name]
     found = shrunk_with_norms(
-        woken(make()), torch.randn(2, 3, side, side), dynamic=N, prefer=prefer, onnx=(name, prefer) == ("vit", "heads"),
+        randomized(make(), 0.25), torch.randn(2, 3, side, side),
+        dynamic=N, prefer=prefer, onnx=(name, prefer) == ("vit", "heads"),
         exactly=name != "swin v2",  # some units of its small nets for position are 0 for all positions that there are
     )  # fmt: skip
     if prefer == "heads":
