@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxopt.passes.prune.cut import Cut
     from fxopt.passes.prune.structure import Structure
 
-__all__ = ["Rule", "handles", "rule_for"]
+__all__ = ["Rule", "axis_order", "handles", "rule_for"]
 
 _RULES: dict[Any, Rule] = {}
 
@@ -48,6 +48,18 @@ def handles(*targets: Any) -> Callable[[type[Rule]], type[Rule]]:
         return rule
 
     return register
+
+
+def axis_order(node: torch.fx.Node, rank: int) -> list[int]:
+    """Return which axis of its input each axis of a permutation is, found by permuting axes of sizes 2, 3, 4 and so on.
+
+    Args:
+        node: The call; copies that permute nothing will do as well.
+        rank: How many axes its input has.
+    """
+    probe = torch.empty([2 + dim for dim in range(rank)], device="meta")
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda _: probe)
+    return [size - 2 for size in node.target(*args, **kwargs).shape]  # type: ignore[operator]  # an operator
 
 
 def rule_for(node: torch.fx.Node) -> Rule:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fxopt.passes.prune.cut import Cut
+from fxopt.passes.prune.rules.base import axis_order
 from fxopt.passes.prune.structure import Indices, Structure
 
 __all__ = ["relate_folded", "sizes_of_fold"]
@@ -86,7 +87,7 @@ def _reached(
     found = [(node, dim)]
     for user in node.users:
         if user.target in _PERMUTATIONS:
-            behind = _reached(user, _moved(user, dim, structure), count, structure, matching)
+            behind = _reached(user, axis_order(user, structure.rank(node)).index(dim), count, structure, matching)
             if behind is None:
                 return None
             found += behind
@@ -102,13 +103,6 @@ def _unfolds(node: torch.fx.Node, dim: int, count: int, structure: Structure, ma
     before, after = structure.value(node.all_input_nodes[0]).shape, structure.value(node).shape
     outs = next((outs for ins, outs in matching(before, after) if ins == [dim]), [])
     return len(outs) == 2 and structure.axis(node, outs[0]) is None and _is_fixed(after[outs[1]], count)
-
-
-def _moved(node: torch.fx.Node, dim: int, structure: Structure) -> int:
-    """Return where a permutation puts an axis."""
-    probe = torch.empty([2 + axis for axis in range(structure.rank(node))], device="meta")
-    order = node.target(probe, *node.args[1:], **node.kwargs).shape  # type: ignore[operator]  # a call's target
-    return list(order).index(2 + dim)
 
 
 def _is_fixed(size: Any, number: int) -> bool:

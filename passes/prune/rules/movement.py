@@ -10,7 +10,7 @@ import torch
 from fxopt.args import arg, tensor_arg
 from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.cut import Cut
-from fxopt.passes.prune.rules.base import Rule, handles
+from fxopt.passes.prune.rules.base import Rule, axis_order, handles
 from fxopt.passes.prune.rules.reshape import sizes_after
 from fxopt.passes.prune.structure import Indices, Structure
 
@@ -25,14 +25,12 @@ aten = torch.ops.aten
     aten.mT.default, aten.permute_copy.default,
 )  # fmt: skip
 class _Permute(Rule):
-    """Axes in another order, which is found by permuting axes of sizes 2, 3, 4 and so on."""
+    """Axes in another order."""
 
     def relate(self, node: torch.fx.Node, structure: Structure) -> None:
         source = tensor_arg(node, "self")
-        probe = torch.empty([2 + dim for dim in range(structure.rank(source))], device="meta")
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda _: probe)
-        for to, size in enumerate(node.target(*args, **kwargs).shape):  # type: ignore[operator]  # an operator
-            structure.move_axis(source, size - 2, node, to)
+        for to, dim in enumerate(axis_order(node, structure.rank(source))):
+            structure.move_axis(source, dim, node, to)
 
 
 @handles(aten.expand.default, aten.broadcast_to.default, aten.expand_as.default)
