@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Collection, Iterable
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch.fx.passes.infra.pass_base import PassBase
@@ -17,7 +17,7 @@ from fxopt.errors import FixedPointError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.rewriter import Rewriter
 
-__all__ = ["FixedPoint", "Pass", "PassResult", "run_passes"]
+__all__ = ["FixedPoint", "LossyPass", "Pass", "PassResult", "run_passes"]
 
 
 class PassResult(TorchPassResult):
@@ -118,6 +118,24 @@ class Pass(PassBase):
                     f"{field.name}={'|'.join(map(str, given)) if isinstance(given, tuple | frozenset) else given}"
                 )
         return self.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+class LossyPass(Pass):
+    """A pass that computes another function on purpose, with ``min_sqnr_db`` among its options.
+
+    That is the signal to noise that every output must keep on the example inputs, in dB.
+    """
+
+    if TYPE_CHECKING:
+
+        @property
+        def min_sqnr_db(self) -> float:
+            """The option, a field of the pass."""
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
+        """The promise about the outputs."""
+        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
 
 def run_passes(rw: Rewriter, passes: Iterable[Pass]) -> None:

@@ -19,9 +19,8 @@ import torch
 
 from fxopt.args import shape_text
 from fxopt.attributes import get_path
-from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
-from fxopt.pass_base import Pass
+from fxopt.pass_base import LossyPass
 from fxopt.passes.prune.masked_norms import mask_norm
 from fxopt.passes.prune.masks import MaskPlan, masked_parts
 from fxopt.resizing import Resizing
@@ -33,7 +32,7 @@ aten = torch.ops.aten
 
 
 @dataclasses.dataclass(frozen=True)
-class InsertMasks(Pass):
+class InsertMasks(LossyPass):
     """Apply a plan of masks.
 
     Attributes:
@@ -52,11 +51,6 @@ class InsertMasks(Pass):
         """Check the options."""
         if not isinstance(self.plan, MaskPlan):
             raise TypeError(f"plan is a {type(self.plan).__name__}; wanted a MaskPlan")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Insert the masks.

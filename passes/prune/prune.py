@@ -20,10 +20,9 @@ import torch
 
 from fxopt.calibration_data import calibration_of
 from fxopt.changes import Skip
-from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.pass_base import Pass
+from fxopt.pass_base import LossyPass
 from fxopt.passes.prune.budget import Budget, Costs, check_budget, choose_groups
 from fxopt.passes.prune.importance import KINDS, Importance, Loss, group_scores, weight_scores
 from fxopt.passes.prune.insert_masks import InsertMasks
@@ -40,7 +39,7 @@ _BLOCK = re.compile(r"block:(\d+)x(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Prune(Pass):
+class Prune(LossyPass):
     """Mask what matters least.
 
     Attributes:
@@ -140,11 +139,6 @@ class Prune(Pass):
                 raise TypeError(f"{name} is {value!r}; wanted {text}")
         if not isinstance(self.importance, str) and not callable(self.importance):
             raise TypeError(f"importance is {self.importance!r}; wanted one of {', '.join(KINDS)}, or a function")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     @property
     def pattern(self) -> tuple[int, int] | None:

@@ -23,10 +23,9 @@ from typing import ClassVar, Literal
 import torch
 
 from fxopt.args import tensor_arg
-from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
 from fxopt.layer_operators import CONVOLUTIONS
-from fxopt.pass_base import Pass
+from fxopt.pass_base import LossyPass
 from fxopt.passes.quantize.stored_weights import LayerWeight, StoredWeights, check_names, replace_weight
 from fxopt.rewriter import Rewriter
 from fxopt.weight_only_ops import BINARIZE_STE, LOOKUP_NBITS, TERNARIZE_STE, pack_bits
@@ -43,7 +42,7 @@ _TABLES = {"binary": (-1.0, 1.0), "ternary": (0.0, 1.0, -1.0, 0.0)}
 
 
 @dataclasses.dataclass(frozen=True)
-class BinarizeWeights(Pass):
+class BinarizeWeights(LossyPass):
     """Replace the weights of convolutions and linear layers by signs, or by -1, 0 and 1.
 
     A graph that this pass made for training is turned into the packed form; its other weights stay as they are.
@@ -72,11 +71,6 @@ class BinarizeWeights(Pass):
         if self.kind not in _STE:
             raise ValueError(f"kind is {self.kind!r}; wanted 'binary' or 'ternary'")
         check_names(self.skip)
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Pack what was made for training; if there is nothing of that kind, replace the weights of layers."""

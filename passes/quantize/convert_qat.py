@@ -18,10 +18,9 @@ from typing import ClassVar
 import torch
 
 from fxopt.args import arg, source_line
-from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import graph_modules
-from fxopt.pass_base import Pass
+from fxopt.pass_base import LossyPass
 from fxopt.passes.quantize.conv_bn import (
     FoldedNorm,
     as_integer_layers,
@@ -45,7 +44,7 @@ __all__ = ["ConvertQat"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvertQat(Pass):
+class ConvertQat(LossyPass):
     """Turn fake quantizers into quantizers, and weights and biases into integers.
 
     Attributes:
@@ -64,11 +63,6 @@ class ConvertQat(Pass):
         """Check the options."""
         if self.target not in TARGETS:
             raise ValueError(f"target is {self.target!r}; wanted one of {', '.join(TARGETS)}")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs, against those of the graph in eval mode."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Convert the graph.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from fxopt.contracts import Contract
-from fxopt.pass_base import Pass
+from fxopt.pass_base import LossyPass
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.target import TARGETS
 
@@ -14,7 +13,7 @@ __all__ = ["PlannedPass"]
 
 
 @dataclasses.dataclass(frozen=True)
-class PlannedPass(Pass):
+class PlannedPass(LossyPass):
     """A pass on the prepared float graph that a plan, with its scales, was made for.
 
     Attributes:
@@ -36,8 +35,3 @@ class PlannedPass(Pass):
             raise ValueError(f"target is {self.target!r}; wanted one of {', '.join(TARGETS)}")
         if not isinstance(self.plan, QuantPlan):
             raise TypeError(f"plan is a {type(self.plan).__name__}; wanted a QuantPlan")
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)

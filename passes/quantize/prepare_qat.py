@@ -22,10 +22,9 @@ from typing import ClassVar
 import torch
 
 from fxopt.changes import Skip
-from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.pass_base import Pass, run_passes
+from fxopt.pass_base import LossyPass, Pass, run_passes
 from fxopt.passes.cleanup import (
     FoldConstants,
     RemoveIdentities,
@@ -49,7 +48,7 @@ _SAFE_IN_BOTH_MODES: tuple[Pass, ...] = (RemoveIdentities(), SimplifyAlgebra(), 
 
 
 @dataclasses.dataclass(frozen=True)
-class PrepareQat(Pass):
+class PrepareQat(LossyPass):
     """Insert differentiable quantizers.
 
     Attributes:
@@ -90,11 +89,6 @@ class PrepareQat(Pass):
         if self.plan is not None and not isinstance(self.plan, QuantPlan):
             raise TypeError(f"plan is a {type(self.plan).__name__}; wanted a QuantPlan")
         RangeMethod.of(self.method)
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs in eval mode."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Insert the quantizers.

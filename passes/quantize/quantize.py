@@ -15,10 +15,9 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from fxopt.changes import Skip
-from fxopt.contracts import Contract
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.pass_base import Pass, run_passes
+from fxopt.pass_base import LossyPass, run_passes
 from fxopt.passes.quantize.budget import DEFAULT_WIDTHS, Budget, WidthSearch
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import shift_biases
@@ -36,7 +35,7 @@ __all__ = ["PREPARATION", "Quantize"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantize(Pass):
+class Quantize(LossyPass):
     """Compute in integers what the target can compute in integers.
 
     Attributes:
@@ -103,11 +102,6 @@ class Quantize(Pass):
         if self.metric is not None and (self.plan is not None or self.bits != 8 or self.weight_bits not in (None, 8)):
             raise ValueError("a metric chooses the widths: leave out plan, bits and weight_bits, and use widths")
         self._budget()
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Prepare, plan and insert.

@@ -27,9 +27,8 @@ from typing import Any, ClassVar
 import torch
 
 from fxopt.args import arg, dtype, shape, tensor_arg
-from fxopt.contracts import Contract
 from fxopt.dynamic_ops import DYNAMIC_LINEAR
-from fxopt.pass_base import Pass
+from fxopt.pass_base import LossyPass
 from fxopt.passes.quantize.recurrent_weights import RECURRENT, Int8Rows, quantize_lstm, store_gated, why_no_constant
 from fxopt.passes.quantize.stored_weights import check_names
 from fxopt.rewriter import Rewriter
@@ -60,7 +59,7 @@ _FORMS: dict[Any, _Form] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeDynamic(Pass):
+class QuantizeDynamic(LossyPass):
     """Quantize linear layers and LSTMs without calibration, and store the weights of GRU and RNN in 8 bits.
 
     Attributes:
@@ -90,11 +89,6 @@ class QuantizeDynamic(Pass):
         if self.min_elements < 0:
             raise ValueError(f"min_elements is {self.min_elements}; wanted 0 or more")
         check_names(self.skip)
-
-    @property
-    def contract(self) -> Contract:  # type: ignore[override]  # an option here, a constant in other passes
-        """The promise about the outputs."""
-        return Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Quantize every layer whose weights allow it."""
