@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnx_ir as ir
 import torch
 
 from fxopt.errors import ExportError, describe
 from fxopt.export.coverage_table import Call, Shape
-from fxopt.export.files import OnnxFile
+from fxopt.export.files import OnnxFile, load_model, save_model
 from fxopt.export.session import Session
 
 __all__ = ["Inputs", "KernelRuns", "Origin", "drawn_inputs", "profiled"]
@@ -87,17 +86,17 @@ def profiled(
         ExportError: ORT cannot load or run the model.
         ValueError: ``sizes`` names a size that the model does not have.
     """
-    original = _loaded(model)
+    original = load_model(model)
     find = _marked(original)
     with tempfile.TemporaryDirectory() as folder:
         rewritten = Path(folder) / "rewritten.onnx"
-        Session(_saved(original, Path(folder) / "marked.onnx"), optimization="extended", save_optimized=rewritten)
+        Session(save_model(original, Path(folder) / "marked.onnx"), optimization="extended", save_optimized=rewritten)
         optimized = ir.load(rewritten)
         kernels = []
         for index, node in enumerate(_nodes(optimized)):
             kernels.append(KernelRuns(node, find(node)))
             node.name = str(index)
-        session = _ProfiledSession(_saved(optimized, Path(folder) / "optimized.onnx"), Path(folder) / "profile")
+        session = _ProfiledSession(save_model(optimized, Path(folder) / "optimized.onnx"), Path(folder) / "profile")
         if inputs is None:
             inputs = drawn_inputs(session, sizes)
         try:
@@ -161,22 +160,6 @@ def drawn_inputs(session: Session, sizes: Mapping[str, int] | None = None) -> di
             is_flag = dtype is torch.bool or "mask" in held.name.lower()
             drawn[held.name] = torch.full(shape, int(is_flag), dtype=dtype)
     return drawn
-
-
-def _loaded(model: OnnxFile | str | os.PathLike[str] | bytes) -> ir.Model:
-    """Return a model whose nodes may be renamed."""
-    if isinstance(model, OnnxFile):
-        return model.model.clone()
-    try:
-        return ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
-    except Exception as error:  # protobuf raises a class of its own, which has no type stubs
-        raise ExportError(describe("cannot read the model", because=str(error))) from error
-
-
-def _saved(model: ir.Model, path: Path) -> Path:
-    """Write a model of any size; its weights go to a file of their own."""
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
-    return path
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

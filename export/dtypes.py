@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Literal
 
 import onnx_ir as ir
 import sympy
@@ -11,7 +12,12 @@ import torch
 
 from fxopt.export.kernels import KERNELS
 
-__all__ = ["is_truth", "kernel_dtype", "onnx_dtype", "promoted", "torch_dtype"]
+__all__ = ["HALF_TYPES", "Runtime", "is_truth", "kernel_dtype", "onnx_dtype", "promoted", "torch_dtype"]
+
+Runtime = Literal["ort-cpu", "onnx"]
+"""Whose kernels a file is written for: ORT's on a CPU, or those of a device that has them in bfloat16 as well."""
+
+HALF_TYPES = frozenset({torch.float16, torch.bfloat16})
 
 _TO_ONNX = {
     torch.float32: ir.DataType.FLOAT,

@@ -18,7 +18,7 @@ import torch
 
 from fxopt.errors import ExportError
 from fxopt.export import schemas
-from fxopt.export.dtypes import is_truth, kernel_dtype, onnx_dtype, torch_dtype
+from fxopt.export.dtypes import HALF_TYPES, Runtime, is_truth, kernel_dtype, onnx_dtype, torch_dtype
 from fxopt.export.sizes import Size, SizeEmitter
 
 __all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "rank", "tensor_of"]
@@ -52,6 +52,7 @@ class Emitter:
 
     Attributes:
         opset: Version of the ONNX operator set that is written.
+        runtime: Whose kernels it is written for.
         node: The torch.fx node that is being translated.
         out: What that node yields: a FakeTensor, a number, or a tuple of these.
         sizes: Turns symbolic sizes into ONNX values.
@@ -62,8 +63,9 @@ class Emitter:
 
     inline: Callable[[torch.fx.GraphModule, Sequence[Any]], list[Any]]
 
-    def __init__(self, opset: int) -> None:
+    def __init__(self, opset: int, runtime: Runtime = "ort-cpu") -> None:
         self.opset = opset
+        self.runtime = runtime
         self.scope = Scope()
         self.node: torch.fx.Node | None = None
         self.out: Any = None
@@ -136,6 +138,8 @@ class Emitter:
         if not domain and main is not None and main.dtype is not None:
             own = torch_dtype(main.dtype)
             computed = kernel_dtype(op_type, own)
+            if own in HALF_TYPES and self.runtime == "onnx" and schemas.allows(op_type, self.opset, main.dtype):
+                computed = own
             if computed is not own:
                 values = schemas.cast_alike(op_type, self.opset, values, lambda value: self.cast(value, computed))
                 result_dtype = main.dtype

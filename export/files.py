@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import onnx
 import onnx_ir as ir
 
 from fxopt.errors import ExportError, describe
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fxopt.export.session import Session
     from fxopt.export.validate import ValidationReport
 
-__all__ = ["ExternalData", "OnnxFile", "check_target"]
+__all__ = ["ExternalData", "OnnxFile", "check_target", "load_model", "save_model"]
 
 ExternalData = Literal["auto", "always", "never"]
 _LARGEST_FILE = 2**31 - 2**24  # protobuf's limit of 2 GiB, with room for the graph itself
@@ -110,7 +111,7 @@ class OnnxFile:
         if external_data == "never" or (external_data == "auto" and self.parameter_bytes <= _LARGEST_FILE):
             draft.write_bytes(self.to_bytes())
         elif external_data in ("auto", "always"):
-            ir.save(self.model, draft, external_data=f"{draft.name}.data", size_threshold_bytes=_SMALLEST_EXTERNAL)
+            save_model(self.model, draft)
         else:
             raise ExportError(f"external_data is {external_data!r}; wanted 'auto', 'always' or 'never'")
 
@@ -119,6 +120,26 @@ class OnnxFile:
         where = "" if self.path is None else f"{self.path}: "
         line = f"{where}{nodes} nodes, {self.parameter_bytes / 2**20:.1f} MiB, opset {self.opset}"
         return line if self.validation is None else f"{line}\n{self.validation}"
+
+
+def load_model(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes) -> ir.Model:
+    """Return a copy of a model that may be changed; its weights are shared, or stay in their file.
+
+    Raises:
+        ExportError: the file cannot be read.
+    """
+    if isinstance(model, OnnxFile | ir.Model):
+        return (model.model if isinstance(model, OnnxFile) else model).clone()
+    try:
+        return ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
+    except Exception as error:  # protobuf raises a class of its own, which has no type stubs
+        raise ExportError(describe("cannot read the model", because=str(error))) from error
+
+
+def save_model(model: ir.Model, path: Path) -> Path:
+    """Write a model of any size, its weights to a file of their own, and return ``path``."""
+    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=_SMALLEST_EXTERNAL)
+    return path
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import onnx
 import onnx_ir as ir
 
-__all__ = ["cast_alike", "main_operand", "output_dtypes", "outputs_alike"]
+__all__ = ["allows", "cast_alike", "main_operand", "output_dtypes", "outputs_alike"]
 
 _BOOL = ir.DataType.BOOL
 _INT64 = ir.DataType.INT64
@@ -61,9 +61,17 @@ def _types(op_type: str, opset: int) -> tuple[tuple[str, ...], bool, tuple[str, 
     schema = onnx.defs.get_schema(op_type, opset, "")
     variadic = bool(schema.inputs) and schema.inputs[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
     operands = tuple(i.type_str for i in schema.inputs)
-    if op_type == "Pow":  # ONNX lets the exponent differ, and ORT has kernels for few types of either
-        operands = (operands[0], operands[0])
+    if op_type in ("Pow", "BatchNormalization"):  # ONNX lets types differ, and ORT has kernels for few types of any
+        operands = (operands[0],) * len(operands)
     return operands, variadic, tuple(o.type_str for o in schema.outputs)
+
+
+@functools.cache
+def allows(op_type: str, opset: int, dtype: ir.DataType) -> bool:
+    """Return whether ONNX defines an operator for a main operand of an element type."""
+    schema = onnx.defs.get_schema(op_type, opset, "")
+    main = schema.inputs[min(_MAIN.get(op_type, 0), len(schema.inputs) - 1)]
+    return f"tensor({dtype.name.lower()})" in main.types
 
 
 def cast_alike(

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -14,6 +14,7 @@ from fxopt import args
 from fxopt.capture import capture
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
+from fxopt.export.dtypes import Runtime
 from fxopt.export.files import ExternalData, OnnxFile, check_target
 from fxopt.export.guards import GUARD_OUTPUT, has_guards
 from fxopt.export.translate import translate
@@ -59,6 +60,7 @@ def to_onnx(
     contract: Contract | None = None,
     metadata: Mapping[str, str] | None = None,
     guards: Literal["output", "none"] = "output",
+    runtime: Runtime = "ort-cpu",
 ) -> OnnxFile:
     """Export a graph to ONNX and prove that ONNX Runtime computes the same.
 
@@ -79,6 +81,9 @@ def to_onnx(
         guards: What becomes of the guards of branches that were specialized: one more output ``guards_hold``, bool
             without dimensions, which is false where the other outputs are those of a side that the inputs do not ask
             for; or nothing.
+        runtime: Whose kernels to write for. ORT on a CPU has next to none for bfloat16, so that for ``"ort-cpu"`` its
+            operators are computed in float32 between casts; for ``"onnx"`` they are written as they are, for devices
+            that have them, and proved on a copy with such casts. ONNX has bfloat16 convolutions from opset 22 on.
 
     Returns:
         The model with its path, and the validation report if there is one.
@@ -92,6 +97,8 @@ def to_onnx(
     started = time.perf_counter()
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} cannot be written; wanted {OPSETS[0]} to {OPSETS[-1]}")
+    if runtime not in get_args(Runtime):
+        raise ExportError(f"runtime is {runtime!r}; wanted one of {', '.join(get_args(Runtime))}")
     target = None if path is None else check_target(path)
     gm = _as_captured(model, example_inputs, dynamic_shapes)
     _refuse_fake_quantizers(gm)
@@ -105,6 +112,7 @@ def to_onnx(
         output_names=names,
         symbol_names=gm.symbol_names,
         guard_name=guard_name,
+        runtime=runtime,
     )
     names += [guard_name] if guard_name else []
     ir_model.producer_version = _version()

@@ -19,7 +19,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from fxopt import args
 from fxopt.errors import ExportError, FxoptError, describe
 from fxopt.export import decompose, finish, torchlib
-from fxopt.export.dtypes import onnx_dtype
+from fxopt.export.dtypes import Runtime, onnx_dtype
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, Refused
 from fxopt.export.sizes import as_size
@@ -39,6 +39,7 @@ def translate(
     output_names: Sequence[str] | None = None,
     symbol_names: Mapping[str, str] | None = None,
     guard_name: str | None = None,
+    runtime: Runtime = "ort-cpu",
 ) -> ir.Model:
     """Return the ONNX model of a captured graph.
 
@@ -49,11 +50,12 @@ def translate(
         output_names: One name for each tensor or number that the graph returns.
         symbol_names: The user's name of each symbolic size, ``{"s77": "batch"}``.
         guard_name: Name of the last output, which says whether all guards of the graph hold; None leaves it out.
+        runtime: Whose kernels to write for; see :func:`fxopt.export.to_onnx`.
 
     Raises:
         ExportError: an operator, a type or a size cannot be written as ONNX; the message names node and source line.
     """
-    translator = _Translator(gm, opset)
+    translator = _Translator(gm, opset, runtime)
     translator.emit.sizes.names.update(symbol_names or {})
     inputs = translator.inputs(input_names, output_names or ())
     results = [leaf for leaf in translator.inline(gm, inputs) if leaf is not None]
@@ -65,9 +67,9 @@ def translate(
 
 
 class _Translator:
-    def __init__(self, gm: torch.fx.GraphModule, opset: int) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, opset: int, runtime: Runtime) -> None:
         self.gm = gm
-        self.emit = Emitter(opset)
+        self.emit = Emitter(opset, runtime)
         self.emit.inline = self.inline
         self._parameters: dict[Any, Value] = {}
         self._sources: dict[str | None, str | None] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,27 @@ from typing import Any
 import torch
 
 from fxopt import args
+from fxopt.args import value
 from fxopt.contracts import METRICS, Contract
 from fxopt.dimensions import Sample
 from fxopt.effects import is_random
 from fxopt.errors import ExportError, GuardError, NumericsError, describe
-from fxopt.export.files import OnnxFile
+from fxopt.export.dtypes import HALF_TYPES
+from fxopt.export.files import OnnxFile, save_model
 from fxopt.export.guards import GUARD_OUTPUT, check_guards, has_guards
+from fxopt.export.half_emulation import emulated
 from fxopt.export.kernel_noise import kernel_noise
 from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Optimization, Session
 from fxopt.freeze import frozen
-from fxopt.graph_module import CapturedModule
+from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.isolation import isolated
 from fxopt.numerics import Reference, largest_noise, measure, reference, surely_rounding, violation
 from fxopt.regions import holds_control_flow
 
 __all__ = ["ValidationReport", "validate", "validate_file"]
 
+_HALF = "half"  # not a level of ORT's: every operator rounded to half precision, see half_emulation
 _OPTIMIZATIONS: tuple[Optimization, ...] = ("none", "all")
 _SIZES = (1, 2, 5)
 
@@ -86,7 +91,7 @@ def validate_file(
     contract = contract or _contract_of(gm)
     _refuse_random(gm)
     report = ValidationReport(str(contract))
-    sessions = {level: Session(source, optimization=level) for level in _OPTIMIZATIONS}
+    sessions = _sessions(source, gm, report)
     for session in sessions.values():
         _check_names(session, gm, names)
     nothing = set(range(len(gm.graph.output_node().args[0])))  # type: ignore[arg-type]  # the flat outputs, a tuple
@@ -111,6 +116,31 @@ def validate_file(
             )
         )
     return report
+
+
+def _sessions(source: Path | bytes, gm: CapturedModule, report: ValidationReport) -> dict[str, Session]:
+    """Return what to compare with the graph: ORT without and with its optimizer, and in true half precision."""
+    sessions: dict[str, Session] = {}
+    held = {dtype for dtype in HALF_TYPES if _computes_in(gm, dtype)}
+    for level in _OPTIMIZATIONS:
+        try:
+            sessions[level] = Session(source, optimization=level)
+        except ExportError as error:
+            if torch.bfloat16 not in held or "NOT_IMPLEMENTED" not in str(error):
+                raise
+            report.notes.append("compared in emulation only: ORT on a CPU lacks a kernel in bfloat16")
+            break
+    if held:
+        with tempfile.TemporaryDirectory() as folder:
+            path = save_model(emulated(source), Path(folder) / "half.onnx")
+            sessions[_HALF] = Session(path, optimization="none")
+    return sessions
+
+
+def _computes_in(gm: CapturedModule, wanted: torch.dtype) -> bool:
+    """Return whether a graph has values of an element type."""
+    values = (value(node) for module in graph_modules(gm) for node in module.graph.nodes if "val" in node.meta)
+    return any(isinstance(held, torch.Tensor) and held.dtype is wanted for held in values)
 
 
 def _holds_no_number(value: Any) -> bool:
@@ -260,7 +290,7 @@ class _Judge:
         self._gm, self._case, self._contract = gm, case, contract
         self._reference: Reference | None = None
 
-    def compare(self, session: Session, level: Optimization, report: ValidationReport) -> None:
+    def compare(self, session: Session, level: str, report: ValidationReport) -> None:
         """Run ORT and record the errors.
 
         Raises:
@@ -296,7 +326,7 @@ class _Judge:
         return problem
 
     def _error(
-        self, place: int, name: str, level: Optimization, problem: str, want: torch.Tensor, have: torch.Tensor
+        self, place: int, name: str, level: str, problem: str, want: torch.Tensor, have: torch.Tensor
     ) -> NumericsError:
         node = _output_nodes(self._gm)[place]
         same = want.shape == have.shape and want.dtype == have.dtype
