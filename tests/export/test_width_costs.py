@@ -141,7 +141,9 @@ def test_pruning_to_a_budget_of_latency_takes_it_as_it_is():
     measured = []
 
     def measure(graph, regions):
-        measured.append(width_costs(graph, regions, runs=1))
+        found = width_costs(graph, regions, runs=1)
+        # Times of so small a net are noise; a little for each channel makes fewer of them cheaper on any machine.
+        measured.append({name: {at: time + 100 * sum(at) for at, time in row.items()} for name, row in found.items()})
         return measured[0]
 
     masked = Prune(budget="latency:0.95", costs=measure, min_sqnr_db=-60.0)(gm)
