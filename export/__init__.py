@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from fxopt.export.blame import blame
+from fxopt.export.blame_report import BlameReport, NodeError
 from fxopt.export.coverage import CoverageReport, coverage
 from fxopt.export.emitter import Emitter, Value
+from fxopt.export.error_split import ErrorSplit, split_error
 from fxopt.export.files import OnnxFile
 from fxopt.export.layer_costs import layer_costs
 from fxopt.export.registry import NotTranslated, translates
@@ -15,17 +18,22 @@ from fxopt.export.validate import validate
 from fxopt.export.width_costs import width_costs
 
 __all__ = [
+    "BlameReport",
     "CoverageReport",
     "Emitter",
+    "ErrorSplit",
+    "NodeError",
     "NotTranslated",
     "OnnxFile",
     "OutputResult",
     "Session",
     "ValidationReport",
     "Value",
+    "blame",
     "coverage",
     "layer_costs",
     "optimized_model",
+    "split_error",
     "to_onnx",
     "translate",
     "translates",

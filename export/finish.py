@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-__all__ = ["finish"]
+__all__ = ["bodies_of", "finish"]
 
 
 def finish(graph: ir.Graph) -> None:
@@ -37,11 +37,11 @@ def remove_dead_nodes(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if any(value.uses() or value.is_graph_output() for value in node.outputs):
             for attribute in node.attributes.values():
-                for body in _bodies(attribute):
+                for body in bodies_of(attribute):
                     remove_dead_nodes(body)
             continue
         for attribute in node.attributes.values():
-            for body in _bodies(attribute):
+            for body in bodies_of(attribute):
                 _detach(body)
         graph.remove(node, safe=True)
 
@@ -75,7 +75,8 @@ def store_transposed(value: ir.Value) -> bool:
     return True
 
 
-def _bodies(attribute: ir.Attr) -> Sequence[ir.Graph]:
+def bodies_of(attribute: ir.Attr) -> Sequence[ir.Graph]:
+    """Return the graphs that an attribute holds: the sides of a branch, the body of a loop."""
     if attribute.type == ir.AttributeType.GRAPH:
         return [attribute.as_graph()]
     if attribute.type == ir.AttributeType.GRAPHS:
@@ -87,7 +88,7 @@ def _detach(body: ir.Graph) -> None:
     """Stop the nodes of a dead body from counting as readers of values around it."""
     for node in reversed(list(body)):
         for attribute in node.attributes.values():
-            for inner in _bodies(attribute):
+            for inner in bodies_of(attribute):
                 _detach(inner)
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 from fxopt.isolation import isolated
 from fxopt.numerics import measure
 
-__all__ = ["kernel_noise"]
+__all__ = ["APPROXIMATED", "kernel_noise"]
 
 _aten = torch.ops.aten
-_APPROXIMATED = frozenset(
+APPROXIMATED = frozenset(
     {
         _aten.sigmoid.default,
         _aten.tanh.default,
@@ -59,7 +59,7 @@ class _Noisy(torch.fx.Interpreter):
     def run_node(self, n: torch.fx.Node) -> Any:
         """Run one node."""
         result = super().run_node(n)
-        if n.target not in _APPROXIMATED or self._scale == 0:
+        if n.target not in APPROXIMATED or self._scale == 0:
             return result
         return pytree.tree_map_only(torch.Tensor, lambda value: self._disturbed(n, value), result)
 

@@ -1,4 +1,4 @@
-"""The command line: ``fxopt optimize``, ``validate``, ``coverage``, ``branches``, ``passes``, ``demo``.
+"""The command line: ``fxopt optimize``, ``validate``, ``blame``, ``coverage``, ``branches``, ``passes``, ``demo``.
 
 Exit status: 0 if all went well; 1 if the work failed; 2 if the command, the model or its inputs are wrong.
 """
@@ -19,6 +19,7 @@ import typer
 import fxopt
 from fxopt.errors import describe
 from fxopt.export import OnnxFile, Session, ValidationReport, to_onnx
+from fxopt.export import blame as find_guilty
 from fxopt.export import coverage as measure_coverage
 from fxopt.export import validate as compare
 from fxopt.export.files import check_target
@@ -51,6 +52,15 @@ class _Check(enum.StrEnum):
     ALL = "all"
     SAMPLES = "samples"
     OFF = "off"
+
+
+class _Level(enum.StrEnum):
+    """How far ONNX Runtime may rewrite the graph."""
+
+    NONE = "none"
+    BASIC = "basic"
+    EXTENDED = "extended"
+    ALL = "all"
 
 
 _INPUTS_HELP = 'Example inputs: "f32[batch,3,224,224]", "ids=i64[batch,seq<512]{0..999}", or an .npy, .npz, .pt file.'
@@ -201,6 +211,35 @@ def validate(
         print_json({"ok": True, "file": str(file), "against": against, "validation": report.to_dict()})
     else:
         print(f"{file} agrees with {against}: {report}")
+
+
+@app.command()
+def blame(
+    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.", show_default=False)],
+    against: Annotated[str, typer.Option(metavar="MODEL", help=f"What it was exported from: {_MODEL_HELP}")],
+    inputs: _Inputs = None,
+    dynamic: _Dynamic = None,
+    optimization: Annotated[
+        _Level, typer.Option(help="Look at the operators of the file, or at what ORT's optimizer makes of them.")
+    ] = _Level.NONE,
+    json: _Json = False,
+    debug: _Debug = False,
+) -> None:
+    """Name the nodes that a file computes wrongly.
+
+    The exit status is 1 if there are any.
+    """
+    with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
+        _check_file(file)
+        gm = captured(against, inputs, dynamic, progress, train=False)
+        progress.begin("compare every value")
+        report = find_guilty(file, gm, optimization=optimization.value)
+    if json:
+        print_json({"ok": report.first is None, "file": str(file), "against": against, "blame": report.to_dict()})
+    else:
+        print(f"{file}: {report}")
+    if report.first is not None:
+        raise typer.Exit(1)
 
 
 def _check_file(file: Path) -> None:

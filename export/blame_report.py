@@ -1,0 +1,116 @@
+"""What :func:`fxopt.export.blame` found, value by value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from fxopt.numerics import Errors
+
+__all__ = ["BlameReport", "NodeError"]
+
+_SHOWN = 12  # lines of a printed report
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeError:
+    """One value of the model against the same value of the graph.
+
+    Attributes:
+        node: Name of the node that yields it in the graph.
+        target: Its operator.
+        module: Path of the module that called it.
+        source: The user's line.
+        pass_name: The pass that made the node; empty if capture did.
+        operators: The ONNX operators, or the kernel, that compute it from the values before it.
+        local: Error where ORT starts from PyTorch's values; None where the shapes differ.
+        total: Error where ORT starts from its own values; None where the shapes differ.
+        problem: Why the local error is more than rounding; None if it is not.
+    """
+
+    node: str
+    target: str
+    module: str
+    source: str
+    pass_name: str
+    operators: tuple[str, ...]
+    local: Errors | None
+    total: Errors | None
+    problem: str | None
+
+    @property
+    def inherited_share(self) -> float:
+        """Share of the noise power of the total error that was there before this node, 0 to 1."""
+        if self.local is None or self.total is None or math.isinf(self.total.sqnr_db):
+            return 0.0
+        if math.isinf(self.local.sqnr_db):
+            return 1.0 if self.local.sqnr_db > 0 else 0.0
+        return max(0.0, 1 - 10 ** ((self.total.sqnr_db - self.local.sqnr_db) / 10))
+
+    def __str__(self) -> str:
+        made = f", made by {self.pass_name}" if self.pass_name else ""
+        return f"{self.node} ({self.target}{made}) at {self.source or 'an unknown line'}"
+
+
+@dataclasses.dataclass(frozen=True)
+class BlameReport:
+    """All values that model and graph share, in the order in which they are computed.
+
+    Attributes:
+        values: One entry for each.
+        optimization: The level of ORT's optimizer that was looked at.
+    """
+
+    values: tuple[NodeError, ...]
+    optimization: str
+
+    @property
+    def guilty(self) -> tuple[NodeError, ...]:
+        """The values that are wrong although what they are computed from is right, in order."""
+        return tuple(value for value in self.values if value.problem is not None)
+
+    @property
+    def first(self) -> NodeError | None:
+        """Where the model first leaves the path, or None."""
+        return next(iter(self.guilty), None)
+
+    def of(self, node: str) -> NodeError:
+        """Return the entry of a node.
+
+        Raises:
+            KeyError: the model has no value of its own for it.
+        """
+        for value in self.values:
+            if value.node == node:
+                return value
+        raise KeyError(f"no value of the model is that of {node!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, fit for JSON; infinities become text."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: plain(item) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return [plain(item) for item in value]
+            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+        rows = [dataclasses.asdict(value) | {"inherited_share": value.inherited_share} for value in self.values]
+        return {"optimization": self.optimization, "values": plain(rows)}
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.values)} values compared, ORT optimizer {self.optimization!r}"]
+        if self.guilty:
+            lines.append(f"{len(self.guilty)} nodes compute something else than they should, on inputs that are right:")
+            for value in self.guilty[:_SHOWN]:
+                lines += [f"  {value}", f"    {value.problem}; computed by {', '.join(value.operators)}"]
+            if len(self.guilty) > _SHOWN:
+                lines.append(f"  and {len(self.guilty) - _SHOWN} more")
+            return "\n".join(lines)
+        lines.append("every node computes what it should; the most of the noise comes from")
+        ranked = sorted(self.values, key=lambda value: math.inf if value.local is None else value.local.sqnr_db)
+        for value in ranked[: _SHOWN // 2]:
+            if value.local is not None and value.total is not None and math.isfinite(value.local.sqnr_db):
+                lines.append(f"  local {value.local.sqnr_db:.0f} dB, total {value.total.sqnr_db:.0f} dB: {value}")
+        return "\n".join(lines)
