@@ -1,6 +1,7 @@
 """fxopt: make a PyTorch model small and fast, and prove that it is still right."""
 
 from fxopt.args import arg, module_path, source_line, tensor_arg
+from fxopt.bisect import BisectResult, bisect
 from fxopt.capture import capture
 from fxopt.changes import Change, Skip
 from fxopt.contracts import Contract
@@ -35,6 +36,7 @@ from fxopt.serialize import load, save
 __version__ = "0.1.0"
 
 __all__ = [
+    "BisectResult",
     "CalibrationError",
     "CaptureError",
     "CaptureWarning",
@@ -66,6 +68,7 @@ __all__ = [
     "Sample",
     "Skip",
     "arg",
+    "bisect",
     "capture",
     "graph_text",
     "load",
