@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxopt.export.bisect_ort import OrtBisectResult, bisect_ort
 from fxopt.export.blame import blame
 from fxopt.export.blame_report import BlameReport, NodeError
 from fxopt.export.coverage import CoverageReport, coverage
@@ -25,10 +26,12 @@ __all__ = [
     "NodeError",
     "NotTranslated",
     "OnnxFile",
+    "OrtBisectResult",
     "OutputResult",
     "Session",
     "ValidationReport",
     "Value",
+    "bisect_ort",
     "blame",
     "coverage",
     "layer_costs",

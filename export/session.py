@@ -22,7 +22,7 @@ _LEVELS = {
     "extended": "ORT_ENABLE_EXTENDED",
     "all": "ORT_ENABLE_ALL",
 }
-_ERRORS_ONLY = 3
+_EVERYTHING, _ERRORS_ONLY = 1, 3
 _BFLOAT16 = 16  # ONNX's number of the type, which numpy lacks
 
 
@@ -42,6 +42,8 @@ class Session:
         threads: int | None = None,
         save_optimized: str | os.PathLike[str] | None = None,
         profile: bool = False,
+        disabled: Sequence[str] = (),
+        verbose: bool = False,
     ) -> None:
         """Load a model.
 
@@ -52,6 +54,8 @@ class Session:
             save_optimized: Where to write the graph as ORT rewrote it. Weights that lie beside ``model`` are written
                 beside it, to ``<save_optimized>.data``.
             profile: Record times; ``end_profiling`` of the session in ``ort`` returns the file.
+            disabled: Names of ORT's optimizers to leave out.
+            verbose: Let ORT tell on standard error what it does.
 
         Raises:
             ExportError: ORT does not accept the model.
@@ -62,7 +66,7 @@ class Session:
             raise ValueError(f"optimization is {optimization!r}; wanted one of {', '.join(_LEVELS)}")
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[optimization])
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _EVERYTHING if verbose else _ERRORS_ONLY
         options.enable_profiling = profile
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -70,7 +74,9 @@ class Session:
         try:
             if save_optimized is not None:
                 _save_optimized(options, source, Path(save_optimized))
-            self.ort = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+            self.ort = onnxruntime.InferenceSession(
+                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=set(disabled)
+            )
         except Exception as error:  # ORT raises a different class for each of its status codes
             raise ExportError(describe("ONNX Runtime does not accept the model", because=str(error))) from error
         self.input_names = tuple(str(held.name) for held in self.ort.get_inputs())
