@@ -1,4 +1,4 @@
-"""The command line: ``fxopt optimize``, ``validate``, ``blame``, ``coverage``, ``branches``, ``passes``, ``demo``.
+"""The command line: ``fxopt COMMAND``.
 
 Exit status: 0 if all went well; 1 if the work failed; 2 if the command, the model or its inputs are wrong.
 """
@@ -18,8 +18,7 @@ import typer
 
 import fxopt
 from fxopt.errors import describe
-from fxopt.export import OnnxFile, Session, ValidationReport, to_onnx
-from fxopt.export import blame as find_guilty
+from fxopt.export import OnnxFile, ValidationReport, to_onnx
 from fxopt.export import coverage as measure_coverage
 from fxopt.export import validate as compare
 from fxopt.export.files import check_target
@@ -30,7 +29,9 @@ from fxopt.passes import DEFAULT, profile_branches
 from fxopt.registry import known_passes
 from fxopt.tools.command_group import Commands
 from fxopt.tools.console import BadInputError, Counted, as_bad_input, describe_bytes, print_json, stages, users_code
+from fxopt.tools.fault_commands import bisect, blame
 from fxopt.tools.graph_source import captured
+from fxopt.tools.options import MODEL_HELP, Debug, Dynamic, File, Inputs, Json, Model, check_file
 from fxopt.tools.tables import print_passes, print_report
 
 __all__ = ["app", "main"]
@@ -54,26 +55,6 @@ class _Check(enum.StrEnum):
     OFF = "off"
 
 
-class _Level(enum.StrEnum):
-    """How far ONNX Runtime may rewrite the graph."""
-
-    NONE = "none"
-    BASIC = "basic"
-    EXTENDED = "extended"
-    ALL = "all"
-
-
-_INPUTS_HELP = 'Example inputs: "f32[batch,3,224,224]", "ids=i64[batch,seq<512]{0..999}", or an .npy, .npz, .pt file.'
-_MODEL_HELP = "net.py:Net, package.module:make, a .pt2 of torch.export, or a saved .fxopt graph."
-_Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP, show_default=False)]
-_Inputs = Annotated[str | None, typer.Option("--inputs", "-i", metavar="SPEC", help=_INPUTS_HELP)]
-_Dynamic = Annotated[
-    str | None, typer.Option(metavar="AXES", help='Dynamic sizes of inputs from files: "0:0=batch; ids:1=seq<512".')
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-_Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")]
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"fxopt {fxopt.__version__}")
@@ -91,14 +72,14 @@ def _options(
 
 @app.command()
 def optimize(
-    model: _Model,
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="An .onnx or .fxopt file.")],
     passes: Annotated[
         str | None,
         typer.Option("--passes", "-p", metavar="PASSES", help='"fold-batch-norm,..."; the lossless list if not given.'),
     ] = None,
-    inputs: _Inputs = None,
-    dynamic: _Dynamic = None,
+    inputs: Inputs = None,
+    dynamic: Dynamic = None,
     calibration: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE", help="Inputs to calibrate on, .npy, .npz or .pt; a file is a batch; repeatable."),
@@ -110,8 +91,8 @@ def optimize(
     check: Annotated[_Check, typer.Option(help="Runs that check the passes.")] = _Check.ALL,
     train: Annotated[bool, typer.Option("--train", help="Keep the graph in train mode; for .fxopt only.")] = False,
     no_validate: Annotated[bool, typer.Option("--no-validate", help="Do not compare with ONNX Runtime.")] = False,
-    json: _Json = False,
-    debug: _Debug = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Capture a model, run passes over it, write ONNX or a graph."""
     started = time.perf_counter()
@@ -194,16 +175,16 @@ def _size(output: Path) -> int:
 
 @app.command()
 def validate(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.", show_default=False)],
-    against: Annotated[str, typer.Option(metavar="MODEL", help=_MODEL_HELP)],
-    inputs: _Inputs = None,
-    dynamic: _Dynamic = None,
-    json: _Json = False,
-    debug: _Debug = False,
+    file: File,
+    against: Annotated[str, typer.Option(metavar="MODEL", help=MODEL_HELP)],
+    inputs: Inputs = None,
+    dynamic: Dynamic = None,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Compare an ONNX file with the model that it was made from."""
     with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
-        _check_file(file)
+        check_file(file)
         gm = captured(against, inputs, dynamic, progress, train=False)
         progress.begin("compare")
         report: ValidationReport = compare(file, gm)
@@ -213,56 +194,23 @@ def validate(
         print(f"{file} agrees with {against}: {report}")
 
 
-@app.command()
-def blame(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.", show_default=False)],
-    against: Annotated[str, typer.Option(metavar="MODEL", help=f"What it was exported from: {_MODEL_HELP}")],
-    inputs: _Inputs = None,
-    dynamic: _Dynamic = None,
-    optimization: Annotated[
-        _Level, typer.Option(help="Look at the operators of the file, or at what ORT's optimizer makes of them.")
-    ] = _Level.NONE,
-    json: _Json = False,
-    debug: _Debug = False,
-) -> None:
-    """Name the nodes that a file computes wrongly.
-
-    The exit status is 1 if there are any.
-    """
-    with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
-        _check_file(file)
-        gm = captured(against, inputs, dynamic, progress, train=False)
-        progress.begin("compare every value")
-        report = find_guilty(file, gm, optimization=optimization.value)
-    if json:
-        print_json({"ok": report.first is None, "file": str(file), "against": against, "blame": report.to_dict()})
-    else:
-        print(f"{file}: {report}")
-    if report.first is not None:
-        raise typer.Exit(1)
-
-
-def _check_file(file: Path) -> None:
-    """Raise BadInputError for what ONNX Runtime cannot load."""
-    if not file.is_file():
-        raise BadInputError(f"{file} is a folder" if file.is_dir() else f"there is no file {file}")
-    with as_bad_input(str(file)):
-        Session(file, optimization="none")
+app.command()(blame)
+app.command()(bisect)
 
 
 @app.command()
 def coverage(
-    file: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.", show_default=False)],
+    file: File,
     size: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=N", help="Length of a dynamic axis, as batch=2 [1]; may be repeated."),
     ] = None,
-    json: _Json = False,
-    debug: _Debug = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Tell what of a file runs in integer kernels, and why not all."""
     with users_code(debug=debug), stages(1, quiet=json or debug) as progress:
-        _check_file(file)
+        check_file(file)
         sizes = _sizes(size or [])
         progress.begin("run")
         with as_bad_input(str(file)):
@@ -285,12 +233,12 @@ def _sizes(given: list[str]) -> dict[str, int]:
 
 @app.command()
 def branches(
-    model: _Model,
-    inputs: _Inputs = None,
-    dynamic: _Dynamic = None,
+    model: Model,
+    inputs: Inputs = None,
+    dynamic: Dynamic = None,
     runs: Annotated[int, typer.Option(min=1, metavar="N", help="Inputs to draw from the spec.")] = 1,
-    json: _Json = False,
-    debug: _Debug = False,
+    json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Count which sides of its branches a model takes, by source line."""
     with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
@@ -309,7 +257,7 @@ def branches(
 
 
 @app.command()
-def passes(json: _Json = False, debug: _Debug = False) -> None:
+def passes(json: Json = False, debug: Debug = False) -> None:
     """List the passes: name, contract, options, what each does."""
     with users_code(debug=debug):
         rows: list[dict[str, Any]] = [
