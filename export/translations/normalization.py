@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from fxopt.export.dtypes import HALF_TYPES
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
@@ -85,6 +86,8 @@ def _affine_norm(
         centred = emit("Sub", x, emit.reshape(mean, column))
         deviation = emit("Sqrt", emit("Add", emit.reshape(var, column), eps))
         return _scaled(emit, emit("Div", centred, deviation, dims=dims(x)), weight, bias, channels)
+    if dtype in HALF_TYPES:  # ONNX, as PyTorch, lets the parameters be wider than what they normalize
+        dtype = dtype_of(mean)
     scale = _filled(emit, 1.0, channels, dtype) if weight is None else emit.cast(weight, dtype)
     shift = _filled(emit, 0.0, channels, dtype) if bias is None else emit.cast(bias, dtype)
     return emit(

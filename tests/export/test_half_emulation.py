@@ -123,6 +123,23 @@ def test_an_operator_that_onnx_has_not_in_bfloat16_yet_is_computed_in_float32() 
     assert file.validation is not None
 
 
+@HALVES
+def test_statistics_in_float32_stay_so(dtype: torch.dtype) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = randomized(nn.BatchNorm2d(4)).eval()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x)
+
+    x = torch.randn(2, 4, 5, 5).to(dtype)
+    file = to_onnx(fxopt.capture(Mixed().eval(), (x,)), runtime="onnx", opset=22)
+    assert [node.op_type for node in file.model.graph] == ["BatchNormalization"]
+    (got,) = saved(emulated(file)).run([x])
+    assert torch.equal(got, Mixed().eval()(x))
+
+
 def test_a_runtime_that_is_not_known_is_refused() -> None:
     with pytest.raises(ExportError, match="runtime is 'cuda'; wanted one of ort-cpu, onnx"):
         to_onnx(fxopt.capture(Vision().eval(), (torch.randn(2, 3, 16, 16),)), runtime="cuda")  # type: ignore[arg-type]
