@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxopt.export.bisect_ort import OrtBisectResult, bisect_ort
 from fxopt.export.blame import blame
 from fxopt.export.blame_report import BlameReport, NodeError
+from fxopt.export.bundle import write_bundle
 from fxopt.export.coverage import CoverageReport, coverage
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.error_split import ErrorSplit, split_error
@@ -16,6 +17,7 @@ from fxopt.export.session import Session, optimized_model
 from fxopt.export.to_onnx import to_onnx
 from fxopt.export.translate import translate
 from fxopt.export.validate import validate
+from fxopt.export.verify_bundle import VerifiedBundle, verify_bundle
 from fxopt.export.width_costs import width_costs
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "Session",
     "ValidationReport",
     "Value",
+    "VerifiedBundle",
     "bisect_ort",
     "blame",
     "coverage",
@@ -41,5 +44,7 @@ __all__ = [
     "translate",
     "translates",
     "validate",
+    "verify_bundle",
     "width_costs",
+    "write_bundle",
 ]

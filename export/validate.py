@@ -13,7 +13,7 @@ import torch
 
 from fxopt import args
 from fxopt.args import value
-from fxopt.contracts import METRICS, Contract
+from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
 from fxopt.effects import is_random
 from fxopt.errors import ExportError, GuardError, NumericsError, describe
@@ -30,7 +30,7 @@ from fxopt.isolation import isolated
 from fxopt.numerics import Reference, largest_noise, measure, reference, surely_rounding, violation
 from fxopt.regions import holds_control_flow
 
-__all__ = ["ValidationReport", "validate", "validate_file"]
+__all__ = ["Case", "ValidationReport", "cases", "contract_of", "validate", "validate_file"]
 
 _HALF = "half"  # not a level of ORT's: every operator rounded to half precision, see half_emulation
 _OPTIMIZATIONS: tuple[Optimization, ...] = ("none", "all")
@@ -38,10 +38,18 @@ _SIZES = (1, 2, 5)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Case:
+class Case:
+    """One run to compare by.
+
+    Attributes:
+        label: What to call it.
+        leaves: Flat inputs.
+        outputs: Flat outputs of the graph; None where a guard of the graph does not hold.
+    """
+
     label: str
     leaves: list[Any]
-    outputs: tuple[Any, ...] | None  # None where a guard of the graph does not hold
+    outputs: tuple[Any, ...] | None
 
     @property
     def wanted(self) -> list[tuple[int, Any]]:
@@ -88,14 +96,14 @@ def validate_file(
     contract: Contract | None = None,
 ) -> ValidationReport:
     """Compare as :func:`validate` does; ``names`` are the names that the outputs must have."""
-    contract = contract or _contract_of(gm)
+    contract = contract or contract_of(gm)
     _refuse_random(gm)
     report = ValidationReport(str(contract))
     sessions = _sessions(source, gm, report)
     for session in sessions.values():
         _check_names(session, gm, names)
     nothing = set(range(len(gm.graph.output_node().args[0])))  # type: ignore[arg-type]  # the flat outputs, a tuple
-    for case in _cases(gm, inputs, sizes, report):
+    for case in cases(gm, inputs, sizes, report):
         if case.outputs is None:
             for session in sessions.values():
                 _check_refused(gm, session, case)
@@ -147,17 +155,10 @@ def _holds_no_number(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.numel() > 0 and bool(value.isnan().all())
 
 
-def _contract_of(gm: CapturedModule) -> Contract:
+def contract_of(gm: CapturedModule) -> Contract:
     """Return what ORT must keep: the floors of lossy passes, else ROUNDING."""
-    text = "" if gm.report is None else gm.report.contract
-    if not text.startswith("LOSSY("):
-        return Contract.ROUNDING
-    floors = []
-    for floor in text.removeprefix("LOSSY(").removesuffix(")").split(", "):
-        metric, _, number = floor.split(" ")
-        if metric in METRICS:
-            floors.append((metric, float(number)))
-    return Contract("LOSSY", floors=tuple(floors))
+    made = Contract.EXACT if gm.report is None else Contract.parse(gm.report.contract or "EXACT")
+    return made if made.kind == "LOSSY" else Contract.ROUNDING
 
 
 def _refuse_random(gm: CapturedModule) -> None:
@@ -196,7 +197,7 @@ def _check_names(session: Session, gm: CapturedModule, names: Sequence[str] | No
         )
 
 
-def _check_refused(gm: CapturedModule, session: Session, case: _Case) -> None:
+def _check_refused(gm: CapturedModule, session: Session, case: Case) -> None:
     """Check that the file says so where the graph refuses an input, if it has an output to say it with."""
     if session.output_names[-1] == GUARD_OUTPUT:
         got = session.run([leaf for leaf in case.leaves if isinstance(leaf, torch.Tensor)])
@@ -206,7 +207,7 @@ def _check_refused(gm: CapturedModule, session: Session, case: _Case) -> None:
 # -- what to compare on ----------------------------------------------------------------------------------------------
 
 
-def _cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report: ValidationReport) -> Iterator[_Case]:
+def cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report: ValidationReport) -> Iterator[Case]:
     """Yield inputs with the outputs of the graph; what the graph itself cannot run becomes a note."""
     for label, sample in _samples(gm, inputs, sizes):
         try:
@@ -216,14 +217,14 @@ def _cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report
                 outputs = gm.flat_outputs(*copy.args, **dict(copy.kwargs))
         except GuardError:
             report.notes.append(f"not compared on {label}: a guard of the graph does not hold")
-            yield _Case(label, leaves, None)
+            yield Case(label, leaves, None)
             continue
         except Exception as error:
             report.notes.append(
                 f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
             )
             continue
-        yield _Case(label, leaves, outputs)
+        yield Case(label, leaves, outputs)
 
 
 def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> Iterator[tuple[str, Sample]]:
@@ -286,7 +287,7 @@ def _is_ordered(leaf: torch.Tensor) -> bool:
 class _Judge:
     """Compares ORT's outputs for one case with the graph's."""
 
-    def __init__(self, gm: CapturedModule, case: _Case, contract: Contract) -> None:
+    def __init__(self, gm: CapturedModule, case: Case, contract: Contract) -> None:
         self._gm, self._case, self._contract = gm, case, contract
         self._reference: Reference | None = None
 

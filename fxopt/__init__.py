@@ -8,6 +8,7 @@ from fxopt.contracts import Contract
 from fxopt.control_flow import CaptureWarning
 from fxopt.dimensions import Dimension, Sample
 from fxopt.errors import (
+    BundleError,
     CalibrationError,
     CaptureError,
     ContractError,
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BisectResult",
+    "BundleError",
     "CalibrationError",
     "CaptureError",
     "CaptureWarning",

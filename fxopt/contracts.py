@@ -61,6 +61,23 @@ class Contract:
         """Return the promise that ``metric`` of every floating-point output is no worse than ``floor``."""
         return cls("LOSSY", floors=((metric, floor),))
 
+    @classmethod
+    def parse(cls, text: str) -> Contract:
+        """Return the contract that ``str`` made this text of; a factor is not in it.
+
+        Raises:
+            ValueError: the text is none.
+        """
+        for kind in (cls.EXACT, cls.ROUNDING, cls.TRAINING):
+            if text == kind.kind:
+                return kind
+        listed = text.removeprefix("LOSSY(").removesuffix(")")
+        try:
+            floors = [(metric, float(floor)) for metric, _, floor in (each.split(" ") for each in listed.split(", "))]
+        except ValueError:
+            raise ValueError(f"{text!r} is no contract") from None
+        return cls("LOSSY", floors=tuple(floors))
+
     def __str__(self) -> str:
         if self.kind == "LOSSY":
             return (

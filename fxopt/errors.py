@@ -101,6 +101,10 @@ class FileFormatError(FxoptError):
     """A saved graph cannot be read."""
 
 
+class BundleError(FxoptError):
+    """A bundle is damaged, or its model computes something else than where it was made."""
+
+
 def describe(headline: str, **rows: object) -> str:
     """Return the text of an error: a headline, then one indented row for each thing worth knowing.
 

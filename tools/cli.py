@@ -23,15 +23,27 @@ from fxopt.export import coverage as measure_coverage
 from fxopt.export import validate as compare
 from fxopt.export.files import check_target
 from fxopt.export.to_onnx import DEFAULT_OPSET, OPSETS
-from fxopt.input_files import read_inputs
 from fxopt.input_spec import parse_inputs
 from fxopt.passes import DEFAULT, profile_branches
 from fxopt.registry import known_passes
+from fxopt.tools.bundle_commands import bundle, verify
 from fxopt.tools.command_group import Commands
-from fxopt.tools.console import BadInputError, Counted, as_bad_input, describe_bytes, print_json, stages, users_code
+from fxopt.tools.console import BadInputError, as_bad_input, describe_bytes, print_json, stages, users_code
 from fxopt.tools.fault_commands import bisect, blame
 from fxopt.tools.graph_source import captured
-from fxopt.tools.options import MODEL_HELP, Debug, Dynamic, File, Inputs, Json, Model, check_file
+from fxopt.tools.job import Job
+from fxopt.tools.options import (
+    MODEL_HELP,
+    Calibration,
+    Debug,
+    Dynamic,
+    File,
+    Inputs,
+    Json,
+    Model,
+    Passes,
+    check_file,
+)  # fmt: skip
 from fxopt.tools.tables import print_passes, print_report
 
 __all__ = ["app", "main"]
@@ -74,16 +86,10 @@ def _options(
 def optimize(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="An .onnx or .fxopt file.")],
-    passes: Annotated[
-        str | None,
-        typer.Option("--passes", "-p", metavar="PASSES", help='"fold-batch-norm,..."; the lossless list if not given.'),
-    ] = None,
+    passes: Passes = None,
     inputs: Inputs = None,
     dynamic: Dynamic = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE", help="Inputs to calibrate on, .npy, .npz or .pt; a file is a batch; repeatable."),
-    ] = None,
+    calibration: Calibration = None,
     opset: Annotated[
         int | None, typer.Option(metavar="N", help=f"ONNX operator set, {OPSETS[0]} to {OPSETS[-1]} [{DEFAULT_OPSET}].")
     ] = None,
@@ -98,16 +104,8 @@ def optimize(
     started = time.perf_counter()
     with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
         _check_output(output, opset=opset, train=train, no_validate=no_validate)
-        with as_bad_input():
-            manager = fxopt.PassManager(
-                DEFAULT if passes is None else passes, strict=strict, check=check.value, progress=progress
-            )
-        progress.extend(len(manager.passes))
-        with as_bad_input("--calibration"):
-            batches = [sample for path in calibration or () for sample in read_inputs(path)]
-        gm = captured(model, inputs, dynamic, progress, train=train)
-        gm.calibration = Counted(batches, progress.count) if batches else None
-        gm = manager.run(gm)
+        job = Job(model, passes, inputs, dynamic, calibration or ())
+        gm = job.optimized(progress, strict=strict, check=check.value, train=train)
         progress.begin("write" if no_validate or output.suffix == ".fxopt" else "write and validate")
         written = None
         if output.suffix == ".onnx":
@@ -196,6 +194,8 @@ def validate(
 
 app.command()(blame)
 app.command()(bisect)
+app.command()(bundle)
+app.command()(verify)
 
 
 @app.command()

@@ -11,7 +11,9 @@ import typer
 from fxopt.export import Session
 from fxopt.tools.console import BadInputError, as_bad_input
 
-__all__ = ["MODEL_HELP", "Debug", "Dynamic", "File", "Inputs", "Json", "Level", "Model", "check_file"]
+__all__ = [
+    "MODEL_HELP", "Calibration", "Debug", "Dynamic", "File", "Inputs", "Json", "Level", "Model", "Passes", "check_file",
+]  # fmt: skip
 
 _INPUTS_HELP = 'Example inputs: "f32[batch,3,224,224]", "ids=i64[batch,seq<512]{0..999}", or an .npy, .npz, .pt file.'
 MODEL_HELP = "net.py:Net, package.module:make, a .pt2 of torch.export, or a saved .fxopt graph."
@@ -19,6 +21,14 @@ MODEL_HELP = "net.py:Net, package.module:make, a .pt2 of torch.export, or a save
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 File = Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The ONNX file.", show_default=False)]
 Inputs = Annotated[str | None, typer.Option("--inputs", "-i", metavar="SPEC", help=_INPUTS_HELP)]
+Passes = Annotated[
+    str | None,
+    typer.Option("--passes", "-p", metavar="PASSES", help='"fold-batch-norm,..."; the lossless list if not given.'),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE", help="Inputs to calibrate on, .npy, .npz or .pt; a file is a batch; repeatable."),
+]
 Dynamic = Annotated[
     str | None, typer.Option(metavar="AXES", help='Dynamic sizes of inputs from files: "0:0=batch; ids:1=seq<512".')
 ]
