@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxopt.export.bench import BenchReport, bench
 from fxopt.export.bisect_ort import OrtBisectResult, bisect_ort
 from fxopt.export.blame import blame
 from fxopt.export.blame_report import BlameReport, NodeError
@@ -21,6 +22,7 @@ from fxopt.export.verify_bundle import VerifiedBundle, verify_bundle
 from fxopt.export.width_costs import width_costs
 
 __all__ = [
+    "BenchReport",
     "BlameReport",
     "CoverageReport",
     "Emitter",
@@ -34,6 +36,7 @@ __all__ = [
     "ValidationReport",
     "Value",
     "VerifiedBundle",
+    "bench",
     "bisect_ort",
     "blame",
     "coverage",

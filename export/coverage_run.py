@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fxopt.export.coverage_table import Call, Shape
 from fxopt.export.files import OnnxFile, load_model, save_model
 from fxopt.export.session import Session
 
-__all__ = ["Inputs", "KernelRuns", "Origin", "drawn_inputs", "profiled"]
+__all__ = ["Inputs", "KernelRuns", "Origin", "drawn_inputs", "kernel_times", "profiled"]
 
 Inputs = Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 _MARK = "fxopt#"  # ORT makes the name of a fused node from that of one that it replaces
@@ -86,17 +86,8 @@ def profiled(
         ExportError: ORT cannot load or run the model.
         ValueError: ``sizes`` names a size that the model does not have.
     """
-    original = load_model(model)
-    find = _marked(original)
     with tempfile.TemporaryDirectory() as folder:
-        rewritten = Path(folder) / "rewritten.onnx"
-        Session(save_model(original, Path(folder) / "marked.onnx"), optimization="extended", save_optimized=rewritten)
-        optimized = ir.load(rewritten)
-        kernels = []
-        for index, node in enumerate(_nodes(optimized)):
-            kernels.append(KernelRuns(node, find(node)))
-            node.name = str(index)
-        session = _ProfiledSession(save_model(optimized, Path(folder) / "optimized.onnx"), Path(folder) / "profile")
+        kernels, optimized, session = _profiling(load_model(model), Path(folder))
         if inputs is None:
             inputs = drawn_inputs(session, sizes)
         try:
@@ -107,20 +98,67 @@ def profiled(
         finally:
             events = json.loads(Path(session.ort.end_profiling()).read_text())
     constants = _constants(optimized)
+    for number, event in _kernel_events(events):
+        _record(kernels[number], event["args"], constants)
+    return tuple(kernels)
+
+
+def kernel_times(
+    path: Path, inputs: Sequence[torch.Tensor], runs: int, threads: int | None
+) -> list[tuple[KernelRuns, list[float]]]:
+    """Return every kernel of a file with its time in each run, in seconds; one in a loop has the sum of its turns.
+
+    The optimizer stops at level "extended", as for :func:`profiled`, so that each kernel is known by name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        kernels, _, session = _profiling(load_model(path), Path(folder), threads)
+        try:
+            for _ in range(runs + 1):  # the first one warms caches
+                session.run(inputs)
+        finally:
+            events = json.loads(Path(session.ort.end_profiling()).read_text())
+    times = [[0.0] * (runs + 1) for _ in kernels]
+    run = 0
+    for event in events:
+        for number, timed in _kernel_events([event]):
+            times[number][run] += timed["dur"] / 1e6
+        run += event["name"] == "model_run"  # stands behind its kernels
+    return list(zip(kernels, [each[1:] for each in times], strict=True))
+
+
+def _profiling(
+    original: ir.Model, folder: Path, threads: int | None = None
+) -> tuple[list[KernelRuns], ir.Model, Session]:
+    """Optimize a model and load it for profiling; return its kernels, it, and the session."""
+    find = _marked(original)
+    rewritten = folder / "rewritten.onnx"
+    Session(save_model(original, folder / "marked.onnx"), optimization="extended", save_optimized=rewritten)
+    optimized = ir.load(rewritten)
+    kernels = []
+    for index, node in enumerate(_nodes(optimized)):
+        kernels.append(KernelRuns(node, find(node)))
+        node.name = str(index)
+    session = _ProfiledSession(save_model(optimized, folder / "optimized.onnx"), folder / "profile", threads)
+    return kernels, optimized, session
+
+
+def _kernel_events(events: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield the runs of kernels, each with the number of its node."""
     for event in events:
         name = event["name"].removesuffix("_kernel_time")
         if event.get("cat") == "Node" and name != event["name"] and name.isdecimal():
-            _record(kernels[int(name)], event["args"], constants)
-    return tuple(kernels)
+            yield int(name), event
 
 
 class _ProfiledSession(Session):
     """A session that writes what it ran to a file of a name that is given, and leaves the graph as it is."""
 
-    def __init__(self, path: Path, prefix: Path) -> None:
+    def __init__(self, path: Path, prefix: Path, threads: int | None = None) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         options.enable_profiling = True

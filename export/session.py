@@ -88,6 +88,19 @@ class Session:
         Raises:
             ExportError: the number of inputs is wrong, or ORT fails.
         """
+        values = self.values(inputs)
+        try:
+            results = self.ort.run_with_ort_values(list(self.output_names), values)
+        except Exception as error:
+            raise ExportError(describe("ONNX Runtime fails to run the model", because=str(error))) from error
+        return tuple(_from_ort(result) for result in results)
+
+    def values(self, inputs: Sequence[torch.Tensor] | Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Return inputs by name as ``ort`` takes them.
+
+        Raises:
+            ExportError: the number of inputs is wrong.
+        """
         if not isinstance(inputs, Mapping):
             if len(inputs) != len(self.input_names):
                 raise ExportError(
@@ -95,13 +108,7 @@ class Session:
                     f"{', '.join(self.input_names)}"
                 )
             inputs = dict(zip(self.input_names, inputs, strict=True))
-        try:
-            results = self.ort.run_with_ort_values(
-                list(self.output_names), {name: _to_ort(tensor) for name, tensor in inputs.items()}
-            )
-        except Exception as error:
-            raise ExportError(describe("ONNX Runtime fails to run the model", because=str(error))) from error
-        return tuple(_from_ort(result) for result in results)
+        return {name: _to_ort(tensor) for name, tensor in inputs.items()}
 
 
 def optimized_model(model: bytes | str | os.PathLike[str], *, optimization: Optimization = "all") -> ir.Model:

@@ -26,6 +26,7 @@ from fxopt.export.to_onnx import DEFAULT_OPSET, OPSETS
 from fxopt.input_spec import parse_inputs
 from fxopt.passes import DEFAULT, profile_branches
 from fxopt.registry import known_passes
+from fxopt.tools.bench_command import bench
 from fxopt.tools.bundle_commands import bundle, verify
 from fxopt.tools.command_group import Commands
 from fxopt.tools.console import BadInputError, as_bad_input, describe_bytes, print_json, stages, users_code
@@ -42,7 +43,9 @@ from fxopt.tools.options import (
     Json,
     Model,
     Passes,
+    Size,
     check_file,
+    parse_sizes,
 )  # fmt: skip
 from fxopt.tools.tables import print_passes, print_report
 
@@ -193,6 +196,7 @@ def validate(
 
 
 app.command()(blame)
+app.command()(bench)
 app.command()(bisect)
 app.command()(bundle)
 app.command()(verify)
@@ -201,17 +205,14 @@ app.command()(verify)
 @app.command()
 def coverage(
     file: File,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=N", help="Length of a dynamic axis, as batch=2 [1]; may be repeated."),
-    ] = None,
+    size: Size = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Tell what of a file runs in integer kernels, and why not all."""
     with users_code(debug=debug), stages(1, quiet=json or debug) as progress:
         check_file(file)
-        sizes = _sizes(size or [])
+        sizes = parse_sizes(size or [])
         progress.begin("run")
         with as_bad_input(str(file)):
             report = measure_coverage(file, sizes=sizes or None)
@@ -219,16 +220,6 @@ def coverage(
         print_json({"ok": True, "file": str(file), "coverage": report.to_dict()})
     else:
         print(f"{file}: {report}")
-
-
-def _sizes(given: list[str]) -> dict[str, int]:
-    sizes = {}
-    for one in given:
-        name, equals, length = one.partition("=")
-        if not (name and equals and length.isdecimal()):
-            raise BadInputError(describe(f"--size {one} is not understood", wanted="NAME=N, as batch=2"))
-        sizes[name] = int(length)
-    return sizes
 
 
 @app.command()

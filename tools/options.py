@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from fxopt.errors import describe
 from fxopt.export import Session
 from fxopt.tools.console import BadInputError, as_bad_input
 
 __all__ = [
-    "MODEL_HELP", "Calibration", "Debug", "Dynamic", "File", "Inputs", "Json", "Level", "Model", "Passes", "check_file",
+    "MODEL_HELP", "Calibration", "Debug", "Dynamic", "File", "Inputs", "Json", "Level", "Model", "Passes", "Size",
+    "check_file", "parse_sizes",
 ]  # fmt: skip
 
 _INPUTS_HELP = 'Example inputs: "f32[batch,3,224,224]", "ids=i64[batch,seq<512]{0..999}", or an .npy, .npz, .pt file.'
@@ -36,6 +38,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")]
 
 
+Size = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=N", help="Length of a dynamic axis, as batch=2 [1]; may be repeated.")
+]
+
+
 class Level(enum.StrEnum):
     """How far ONNX Runtime may rewrite the graph."""
 
@@ -43,6 +50,21 @@ class Level(enum.StrEnum):
     BASIC = "basic"
     EXTENDED = "extended"
     ALL = "all"
+
+
+def parse_sizes(given: list[str]) -> dict[str, int]:
+    """Return the lengths of dynamic axes by name.
+
+    Raises:
+        BadInputError: one has another form.
+    """
+    sizes = {}
+    for one in given:
+        name, equals, length = one.partition("=")
+        if not (name and equals and length.isdecimal()):
+            raise BadInputError(describe(f"--size {one} is not understood", wanted="NAME=N, as batch=2"))
+        sizes[name] = int(length)
+    return sizes
 
 
 def check_file(file: Path) -> None:
