@@ -8,7 +8,9 @@ that adds up in float32, operator by operator. The casts in between lose digits,
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
@@ -41,13 +43,17 @@ def emulated(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes) -> ir.
         ir.passes.common.InlinePass()(copy)
     if any(value.dtype is None for node in copy.graph.all_nodes() for value in node.outputs):
         ir.passes.common.ShapeInferencePass()(copy)
+    numbers = itertools.count()
     for graph in [copy.graph, *copy.graph.subgraphs()]:
-        _widen(graph)
+        _widen(graph, numbers)
     return copy
 
 
-def _widen(graph: ir.Graph) -> None:
-    """Put casts around the operators of one graph, one cast for each value that they read."""
+def _widen(graph: ir.Graph, numbers: Iterator[int]) -> None:
+    """Put casts around the operators of one graph, one cast for each value that they read.
+
+    ``numbers`` make names: a branch and what is around it may cast the same value, each for itself.
+    """
     wide: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
         _complete_types(node)
@@ -56,14 +62,14 @@ def _widen(graph: ir.Graph) -> None:
             continue
         for half in halves:
             if half not in wide:
-                cast = _cast(half, ir.DataType.FLOAT)
+                cast = _cast(half, ir.DataType.FLOAT, next(numbers))
                 wide[half] = cast.outputs[0]
                 graph.insert_before(node, cast)
         for index, value in enumerate(node.inputs):
             if value is not None and value in halves:
                 node.replace_input_with(index, wide[value])
         for output in [output for output in node.outputs if output.dtype in _HALF]:
-            _round(graph, node, output)
+            _round(graph, node, output, next(numbers))
 
 
 def _complete_types(node: ir.Node) -> None:
@@ -73,10 +79,10 @@ def _complete_types(node: ir.Node) -> None:
             value.type = ir.TensorType(dtype)
 
 
-def _round(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+def _round(graph: ir.Graph, node: ir.Node, output: ir.Value, number: int) -> None:
     """Let ``node`` yield a float32, and everybody else its value in half precision under the name it had."""
     assert output.dtype is not None
-    cast = _cast(output, output.dtype)
+    cast = _cast(output, output.dtype, number)
     graph.insert_after(node, cast)
     rounded = cast.outputs[0]
     rounded.type, rounded.shape = output.type, output.shape
@@ -86,7 +92,7 @@ def _round(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     output.type = ir.TensorType(ir.DataType.FLOAT)
 
 
-def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+def _cast(value: ir.Value, dtype: ir.DataType, number: int) -> ir.Node:
     kind = "wide" if dtype is ir.DataType.FLOAT else "half"
-    result = ir.Value(name=f"{value.name}/{kind}/cast", type=ir.TensorType(dtype), shape=value.shape)
+    result = ir.Value(name=f"{value.name}/{kind}/{number}", type=ir.TensorType(dtype), shape=value.shape)
     return ir.Node("", "Cast", [value], {"to": ir.AttrInt64("to", int(dtype))}, outputs=[result], name=result.name)
