@@ -28,11 +28,14 @@ from fxopt.errors import (
 from fxopt.graph_module import CapturedModule, InputSpec, Provenance
 from fxopt.graph_text import graph_text
 from fxopt.manager import PassManager
+from fxopt.networkx_graph import to_networkx
 from fxopt.optimize import optimize
 from fxopt.pass_base import FixedPoint, Pass, PassResult
 from fxopt.report import Report
 from fxopt.rewriter import Rewriter
 from fxopt.serialize import load, save
+from fxopt.split_by_module import split_by_module
+from fxopt.view import view
 
 __version__ = "0.1.0"
 
@@ -78,5 +81,8 @@ __all__ = [
     "optimize",
     "save",
     "source_line",
+    "split_by_module",
     "tensor_arg",
+    "to_networkx",
+    "view",
 ]

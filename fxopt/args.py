@@ -17,6 +17,7 @@ __all__ = [
     "arg",
     "check_same_type",
     "dtype",
+    "location_in",
     "module_path",
     "put_arg",
     "shape",
@@ -180,10 +181,12 @@ def source_location(node: torch.fx.Node) -> tuple[str, int, str] | None:
 
     The innermost frame outside installed libraries is the user's; if there is none, the innermost of all.
     """
-    frames = [
-        (found["file"], int(found["line"]), found["function"].strip())
-        for found in _FRAME.finditer(node.meta.get("stack_trace") or "")
-    ]
+    return location_in(node.meta.get("stack_trace") or "")
+
+
+def location_in(trace: str) -> tuple[str, int, str] | None:
+    """Return file, line and function of the user's frame in the text of a stack trace; see :func:`source_location`."""
+    frames = [(found["file"], int(found["line"]), found["function"].strip()) for found in _FRAME.finditer(trace)]
     own = [frame for frame in frames if not _LIBRARY.search(frame[0]) and not frame[0].startswith(_CORE)]
     known = own or frames
     return known[-1] if known else None

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt.args import dtype, shape_text, size_text
+from fxopt.args import shape_text
 from fxopt.attributes import attach
 from fxopt.control_flow import fold_regions
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
 from fxopt.eager import compare, compare_other_ways, run_eagerly
 from fxopt.errors import CaptureError, describe
 from fxopt.function_module import as_module
-from fxopt.graph_module import CapturedModule, InputSpec
+from fxopt.graph_module import CapturedModule
+from fxopt.interface import input_spec, output_names, unused_name
 from fxopt.mode_alignment import renumber_regions
 from fxopt.modes import Unmergeable, merge_modes
 from fxopt.regions import holds_control_flow
 from fxopt.trace import Trace, trace, unlift
 
-__all__ = ["capture"]
+__all__ = ["capture", "switched"]
 
 
 def capture(
@@ -153,7 +153,7 @@ def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes:
             reason = "it was captured with modes='current'"
         else:
             try:
-                with _switched(model, not model.training):
+                with switched(model, not model.training):
                     other = trace(model, samples[0], dynamic_shapes)
                 _merge(found, other, tensors, first_trains=model.training)
                 valid = "both"
@@ -167,7 +167,8 @@ def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes:
 
 
 @contextlib.contextmanager
-def _switched(model: torch.nn.Module, training: bool) -> Iterator[None]:
+def switched(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """Put a model into a mode, and each of its modules back into that it was in."""
     flags = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -242,44 +243,12 @@ def _describe_interface(gm: CapturedModule, found: Trace, samples: tuple[Sample,
     for node in placeholders:
         for axis, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
             if not isinstance(size, int) and size.node.expr.is_Symbol:
-                names.setdefault(str(size.node.expr), _unused(f"{node.name}_{axis}", names.values()))
+                names.setdefault(str(size.node.expr), unused_name(f"{node.name}_{axis}", names.values()))
     gm.dims = {name: Dimension(name, symbol, *found.ranges.get(symbol, (0, None))) for symbol, name in names.items()}
     leaves = samples[0].leaves() if samples else [None] * len(placeholders)
-    gm.inputs = tuple(_input_spec(node, leaf, names) for node, leaf in zip(placeholders, leaves, strict=True))
+    gm.inputs = tuple(input_spec(node, leaf, names) for node, leaf in zip(placeholders, leaves, strict=True))
     gm.output_names = output_names(gm)
     gm.samples = samples
-
-
-def _unused(name: str, taken: Any) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
-def _input_spec(node: torch.fx.Node, leaf: Any, names: dict[str, str]) -> InputSpec:
-    found = node.meta.get("val")
-    if not isinstance(found, torch.Tensor):
-        return InputSpec(node.name, None, (), leaf)
-    shape = tuple(size if isinstance(size, int) else size_text(size, names) for size in found.shape)
-    return InputSpec(node.name, dtype(node), shape)
-
-
-def output_names(gm: torch.fx.GraphModule) -> tuple[str, ...]:
-    """Return a name for each output that is not None: the path of keys to it, or ``output`` if there is just one."""
-    flat = gm.graph.output_node().args[0]
-    spec = gm.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]  # torch declares the base class only
-    tree = pytree.tree_unflatten(list(range(len(flat))), spec)  # type: ignore[arg-type]  # torch declares no type for specs here
-    paths = {index: pytree.keystr(path) for path, index in pytree.tree_flatten_with_path(tree)[0]}
-    kept = [index for index, item in enumerate(flat) if item is not None]  # type: ignore[arg-type]  # outputs are one tuple
-    taken: list[str] = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
-    names: list[str] = []
-    for index in kept:
-        words = "_".join(re.findall(r"\w+", paths[index]))
-        if not words or words[0].isdigit():
-            words = "output" if len(kept) == 1 else f"output_{words or index}"
-        names.append(_unused(words, taken))
-        taken.append(names[-1])
-    return tuple(names)
 
 
 def _from_program(program: torch.export.ExportedProgram, example_inputs: Any) -> CapturedModule:

@@ -354,15 +354,27 @@ def fake_call(target: Any, args: Any, kwargs: Any) -> Any:
     """Return the fake value of calling ``target`` on nodes: shapes and element types without computing."""
     if target is COND or target is WHILE_LOOP:
         return region_value(target, args)
-    target = shape_only(target)
     nodes: list[torch.fx.Node] = []
     fakes = torch.fx.map_arg((args, kwargs), lambda node: nodes.append(node) or node.meta["val"])  # type: ignore[func-returns-value]  # None, so that `or` goes on
-    mode = detect_fake_mode(fakes) or (fake_mode_of(nodes[0].graph) if nodes else None)
+    return fake_result(target, fakes[0], fakes[1], nodes[0].graph if nodes else None)
+
+
+def fake_result(target: Any, args: Any, kwargs: Any, graph: torch.fx.Graph | None) -> Any:
+    """Return the fake value of calling ``target`` on fake values.
+
+    Args:
+        target: An operator.
+        args: Its arguments, fake values in place of nodes.
+        kwargs: Its keyword arguments.
+        graph: Where to look for the fake mode if all of these are sizes, which must not become plain numbers.
+    """
+    target = shape_only(target)
+    mode = detect_fake_mode((args, kwargs)) or (None if graph is None else fake_mode_of(graph))
     if mode is None:
-        return target(*fakes[0], **fakes[1])
+        return target(*args, **kwargs)
     # Without torch's Python kernels some operators, such as pad, would tie a dynamic size to what it is now.
     with mode, enable_python_dispatcher():
-        return target(*fakes[0], **fakes[1])
+        return target(*args, **kwargs)
 
 
 def fake_mode_of(graph: torch.fx.Graph) -> Any:

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from fxopt.args import argument_positions, shape_text, size_text
 from fxopt.dimensions import Dimension, Sample, resize
-from fxopt.eager_control_flow import holds_traced, run_branches_eagerly
+from fxopt.eager_control_flow import holds_traced
 from fxopt.errors import InputError, InvariantError, ModeError, describe
-from fxopt.regions import holds_control_flow
+from fxopt.live_graph import LiveGraph, graph_class, refuse_sharded
 
 if TYPE_CHECKING:
     from fxopt.report import Report
@@ -62,7 +62,7 @@ class Provenance:
     sources: tuple[str, ...] = ()
 
 
-class CapturedModule(torch.fx.GraphModule):
+class CapturedModule(LiveGraph):
     """A model as one functional ATen graph: call it, train it, print it, copy it, save it.
 
     Made by :func:`fxopt.capture`; parameters and buffers keep the names they had in the model. Both modes live in the
@@ -77,6 +77,8 @@ class CapturedModule(torch.fx.GraphModule):
         calibration: Inputs that passes may measure on, as the user gave them; not saved with the graph.
         modes: ``"both"``, or the one mode that the graph is valid in.
         report: What the passes did.
+        records: What passes leave for later ones, by the name of the pass: plain JSON values, saved with the graph.
+            Under ``"passes"`` stand those that changed the graph, in order.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -87,12 +89,14 @@ class CapturedModule(torch.fx.GraphModule):
     modes: Modes
     modes_reason: str
     report: Report | None
+    records: dict[str, Any]
 
     def __init__(self, root: torch.nn.Module, graph: torch.fx.Graph, class_name: str = "CapturedModule") -> None:
         super().__init__(root, graph, class_name)
         self.inputs, self.output_names, self.dims, self.samples = (), (), {}, ()
         self.calibration = None
         self.modes, self.modes_reason, self.report = "both", "", None
+        self.records = {}
         self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
 
     @property
@@ -106,6 +110,16 @@ class CapturedModule(torch.fx.GraphModule):
         Raises:
             ModeError: the graph was captured for the other mode only.
         """
+        self._set_mode(mode)
+        return super().train(mode)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Not in train() alone: Lightning goes back to training after a validation by setting `training`.
+        if name == "training" and "_graph" in self.__dict__ and value != self.__dict__["training"]:
+            self._set_mode(value)
+        super().__setattr__(name, value)
+
+    def _set_mode(self, mode: bool) -> None:
         modes = self.__dict__.get("modes", "both")
         if modes != "both" and mode != (modes == "train"):
             raise ModeError(
@@ -121,25 +135,22 @@ class CapturedModule(torch.fx.GraphModule):
                 set_mode(node, mode) for node in module.graph.nodes if "modes" in node.meta
             ):
                 module.recompile()
-        return super().train(mode)
-
-    def recompile(self) -> Any:
-        """Bring the code in line with the graph."""
-        code = super().recompile()
-        if holds_control_flow(self):
-            type(self).forward = run_branches_eagerly(type(self).forward)
-        return code
 
     def clone(self, *, copy_tensors: bool = False) -> CapturedModule:
         """Return a copy with a graph of its own; tensors are shared unless ``copy_tensors``.
 
         The copy costs no code generation: a graph and its copy run the same code.
+
+        Raises:
+            PassError: FSDP has split the parameters among processes.
         """
+        refuse_sharded(self, "copied")
         memo: dict[int, Any] = {}
         with _collector_paused():
             return _clone(self, memo, copy_tensors)  # type: ignore[no-any-return]  # _clone returns what it is given
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        refuse_sharded(self, "copied")
         with _collector_paused():
             return _clone(self, memo, copy_tensors=True)  # type: ignore[no-any-return]  # _clone returns what it is given
 
@@ -316,7 +327,7 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
         return memo[id(module)]
     if type(module) is not torch.nn.Module and not isinstance(module, torch.fx.GraphModule):
         raise InvariantError(f"a captured graph holds a {type(module).__name__}, not a graph or a plain container")
-    cls: Any = type(module).__mro__[1] if isinstance(module, torch.fx.GraphModule) else torch.nn.Module
+    cls: Any = graph_class(module).__mro__[1] if isinstance(module, torch.fx.GraphModule) else torch.nn.Module
     new = cls.__new__(cls)
     memo[id(module)] = new
     new.__dict__.update(
@@ -332,7 +343,7 @@ def _clone(module: Any, memo: dict[int, Any], copy_tensors: bool) -> Any:
     new.__dict__["_modules"] = {name: _clone(child, memo, copy_tensors) for name, child in module._modules.items()}
     if isinstance(module, torch.fx.GraphModule):
         new.__dict__["_graph"] = copy_graph(module.graph, new)
-        type(new).forward = type(module).forward
+        type(new).forward = graph_class(module).forward
     return new
 
 

@@ -12,6 +12,7 @@ from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
 from fxopt.errors import GuardError
 from fxopt.graph_module import CapturedModule
+from fxopt.interface import Interface
 from fxopt.isolation import isolated
 from fxopt.numerics import Reference, measure, reference, surely_rounding, violation
 from fxopt.regions import holds_control_flow
@@ -86,20 +87,28 @@ class Judge:
         self._gm = gm
 
     def judge(
-        self, candidate: CapturedModule, contract: Contract, *, evaluation_only: bool
+        self, candidate: CapturedModule, contract: Contract, *, evaluation_only: bool, interface: Interface = "kept"
     ) -> tuple[str | None, list[tuple[Any, ...] | None]]:
-        """Return how ``candidate`` breaks the contract, or None, and what it yielded for each case."""
+        """Return how ``candidate`` breaks the contract, or None, and what it yielded for each case.
+
+        Where the interface changed, the candidate runs on its own case of the same label, and the outputs that there
+        are before and after are compared.
+        """
         self._prepare()
+        own = {case.label: case for case in (self._cases if interface == "kept" else cases(candidate, self._check))}
         yielded: list[tuple[Any, ...] | None] = []
         guarded = False
         for index, case in enumerate(self._cases):
             want = self._latest[index]
             impossible = candidate.modes != "both" and (candidate.modes == "train") != case.training
+            impossible |= interface == "reduced" and case.label not in own
             if want is None or impossible or (case.training and (evaluation_only or contract.kind == "TRAINING")):
                 yielded.append(None)
                 continue
+            if case.label not in own:
+                return f"on {case.label}: the rewritten graph has no such case", yielded
             try:
-                got = _run(candidate, case)
+                got = _run(candidate, own[case.label])
             except GuardError:
                 guarded = True  # the pass promises nothing where its guard does not hold
                 yielded.append(None)
@@ -109,6 +118,12 @@ class Judge:
                     f"on {case.label}: the rewritten graph cannot run: {type(error).__name__}: {str(error)[:400]}",
                     yielded,
                 )
+            if interface == "extended":
+                got = got[: len(want)]
+            elif interface == "reduced":
+                want = want[: len(got)]
+            elif interface == "retyped":
+                got = tuple(_in_type_of(w, g) for w, g in zip(want, got, strict=True))
             problem = self._compare(index, contract, want, got)
             if problem and not self._is_steady(index):
                 yielded.append(None)
@@ -121,12 +136,19 @@ class Judge:
         return None, yielded
 
     def accept(
-        self, candidate: CapturedModule, contract: Contract, yielded: list[tuple[Any, ...] | None]
+        self,
+        candidate: CapturedModule,
+        contract: Contract,
+        yielded: list[tuple[Any, ...] | None],
+        *,
+        interface: Interface = "kept",
     ) -> tuple[OutputError, ...]:
         """Take ``candidate`` as the graph that later ones are compared with; return its error against the first one."""
         if not yielded:
             return ()
         assert self._original is not None
+        if interface != "kept":
+            return self._start_again(candidate)
         for index, (case, new) in enumerate(zip(self._cases, yielded, strict=True)):
             left_out = new is None and self._latest[index] is not None
             if left_out:
@@ -137,6 +159,25 @@ class Judge:
                 self._anchors[index] = (candidate, new)
                 self._references.pop(index, None)
         self._gm = candidate
+        return self._errors()
+
+    def _start_again(self, candidate: CapturedModule) -> tuple[OutputError, ...]:
+        """Take over the cases of a graph with other inputs and outputs, and what it yields for them.
+
+        Outputs that there were keep their first value, which errors are counted from; new ones begin here. The float64
+        reference begins here, too: only a graph with these inputs can be run on these cases.
+        """
+        first = {case.label: item for case, item in zip(self._cases, self._original or [], strict=True)}
+        self._gm, self._cases = candidate, list(cases(candidate, self._check))
+        self._latest = [_run_if_possible(candidate, case) for case in self._cases]
+        self._original = [
+            None
+            if new is None
+            else (*(first.get(case.label) or new)[: len(new)], *new[len(first.get(case.label) or new) :])
+            for case, new in zip(self._cases, self._latest, strict=True)
+        ]
+        self._anchors = {i: (candidate, outputs) for i, outputs in enumerate(self._latest) if outputs is not None}
+        self._references = {}
         return self._errors()
 
     @property
@@ -243,6 +284,12 @@ class _InMode:
 
 def _differs(a: Any, b: Any) -> bool:
     return violation(Contract.EXACT, a, b) is not None
+
+
+def _in_type_of(want: Any, got: Any) -> Any:
+    """Return an output in the floating type that it had before; anything else as it is."""
+    both = isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor)
+    return got.to(want.dtype) if both and want.is_floating_point() and got.is_floating_point() else got
 
 
 def _is_sure(want: Any, got: Any, contract: Contract) -> bool:

@@ -35,7 +35,7 @@ class PassManager:
 
     def __init__(
         self, passes: str | Iterable[Any], *, strict: bool = False, check: Check = "all", keep_texts: bool = False,
-        progress: Callable[[int, int, str], None] | None = None,
+        keep_graphs: bool = False, progress: Callable[[int, int, str], None] | None = None,
     ) -> None:  # fmt: skip
         """Prepare the list; nothing is run.
 
@@ -44,6 +44,7 @@ class PassManager:
             strict: Raise at the first pass that fails, instead of leaving it out.
             check: ``"all"``: samples, corners and both modes; ``"samples"``: no corners; ``"off"``: invariants only.
             keep_texts: Keep the text of the graph after each step in the report.
+            keep_graphs: Keep the graph before the first step and after each in the report, for :func:`fxopt.view`.
             progress: Called before each pass with its index, the number of passes, and its name.
 
         Raises:
@@ -53,7 +54,8 @@ class PassManager:
         if check not in ("all", "samples", "off"):
             raise ValueError(f"check is {check!r}; wanted 'all', 'samples' or 'off'")
         self.passes = resolve_all(passes)
-        self.strict, self.check, self.keep_texts, self.progress = strict, check, keep_texts, progress
+        self.strict, self.check, self.progress = strict, check, progress
+        self.keep_texts, self.keep_graphs = keep_texts, keep_graphs
         check_order(self.passes)
 
     def run(self, gm: CapturedModule) -> CapturedModule:
@@ -67,6 +69,8 @@ class PassManager:
         judge = Judge(gm, self.check)
         report = Report()
         good, contract = gm.clone(), Contract.EXACT
+        if self.keep_graphs:
+            report.graphs.append(good)
         for index, item in enumerate(self.passes):
             if self.progress is not None:
                 self.progress(index, len(self.passes), item.name)
@@ -87,11 +91,15 @@ class PassManager:
             step.parameter_bytes = (tensor_bytes(before), tensor_bytes(good))
             if self.keep_texts:
                 step.graph_text = graph_text(good)
+            if self.keep_graphs:
+                report.graphs.append(good)
             report.steps.append(step)
         report.contract = str(contract)
         report.notes += judge.refused
-        good.report = report
-        return good
+        # What is handed out may be trained or changed; the graphs of the steps stay as they were.
+        handed_out = good
+        handed_out.report = report
+        return handed_out
 
     def _step(self, item: Pass, good: CapturedModule, judge: Judge, step: Step) -> CapturedModule:
         """Run one pass and return the graph to go on with."""
@@ -106,7 +114,9 @@ class PassManager:
             if not result.modified:
                 return good
             verify(result.gm, after=item.spec())
-            problem, yielded = judge.judge(result.gm, item.contract, evaluation_only=item.evaluation_only)
+            problem, yielded = judge.judge(
+                result.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface
+            )
             if problem is not None:
                 if self.strict:
                     raise ContractError(_contract_text(item, problem, result))
@@ -114,7 +124,7 @@ class PassManager:
                 if not result.modified:
                     return good
             step.changes, step.skips, step.checked = result.changes, result.skips, judge.runs
-            step.errors = judge.accept(result.gm, item.contract, yielded)
+            step.errors = judge.accept(result.gm, item.contract, yielded, interface=item.interface)
             if step.status == "unchanged":
                 step.status = "changed"
             return result.gm
@@ -140,14 +150,19 @@ class PassManager:
                 verify(trial.gm, after=item.spec())
             except FxoptError:
                 return False
-            return judge.judge(trial.gm, item.contract, evaluation_only=item.evaluation_only)[0] is None
+            return (
+                judge.judge(trial.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface)[0]
+                is None
+            )
 
         guilty = guilty_sites(sites, holds)
         innocent = [site for site in sites if site not in guilty]
         if not innocent:
             return nothing, []
         final = item(good, only=innocent)
-        left, yielded = judge.judge(final.gm, item.contract, evaluation_only=item.evaluation_only)
+        left, yielded = judge.judge(
+            final.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface
+        )
         if left is not None or not final.modified:
             return nothing, []
         step.status = "partly rolled back"

@@ -25,6 +25,7 @@ def optimize(
     calibration: Any = None,
     strict: bool = False,
     check: Check = "all",
+    keep_graphs: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> CapturedModule:
     """Capture ``model``, run passes over its graph, and return the graph with its ``report``.
@@ -42,6 +43,8 @@ def optimize(
             taken if not given.
         strict: Raise at the first pass that fails or breaks its contract, instead of leaving it out of the result.
         check: How much to run for checking: ``"all"``, ``"samples"`` or ``"off"``. See :class:`fxopt.PassManager`.
+        keep_graphs: Keep the graph before the first pass and after each in ``report.graphs``: :func:`fxopt.view` shows
+            what each pass did.
         progress: Called before each pass with its index, the number of passes, and its name.
 
     Raises:
@@ -51,7 +54,7 @@ def optimize(
     if passes is None:
         passes = importlib.import_module("fxopt.passes").DEFAULT
     # A misspelt pass must fail before minutes of tracing, so the list is read first.
-    manager = PassManager(passes, strict=strict, check=check, progress=progress)
+    manager = PassManager(passes, strict=strict, check=check, keep_graphs=keep_graphs, progress=progress)
     gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     if calibration is not None:
         gm = gm.clone()  # a graph that was given captured is the user's

@@ -15,6 +15,7 @@ from fxopt.changes import Change, Skip
 from fxopt.contracts import Contract
 from fxopt.errors import FixedPointError, describe
 from fxopt.graph_module import CapturedModule
+from fxopt.interface import Interface
 from fxopt.rewriter import Rewriter
 
 __all__ = ["FixedPoint", "LossyPass", "Pass", "PassResult", "run_passes"]
@@ -60,6 +61,9 @@ class Pass(PassBase):
         gives, ends: Facts that hold, or no longer hold, after the pass.
         evaluation_only: The promise is about evaluation; while training, the rewritten graph may do something else.
         divisible: If it breaks its contract, the guilty sites can be left out one by one; if not, all of it is undone.
+        interface: What the pass does to inputs and outputs: they are ``"kept"``; ``"extended"`` by arguments, and by
+            outputs behind those that there were; ``"reduced"`` to the first outputs; or ``"retyped"``, with floats of
+            another type. The promise is about the outputs that there are before and after.
 
     A pass has no state: whatever it learns of the graph stays inside ``run``.
     """
@@ -71,6 +75,7 @@ class Pass(PassBase):
     ends: ClassVar[frozenset[str]] = frozenset()
     evaluation_only: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
+    interface: ClassVar[Interface] = "kept"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxopt.changes import Change, Skip
+
+if TYPE_CHECKING:
+    from fxopt.graph_module import CapturedModule
 
 __all__ = ["OutputError", "Report", "RolledBack", "Step"]
 
@@ -80,11 +83,14 @@ class Report:
         steps: One entry for each pass, in order.
         contract: What all passes together promise.
         notes: What else a reader should know, such as sizes that the model itself refuses.
+        graphs: The graph before the first step and after each, if asked for; weights that are the same are shared.
+            Not saved with the report.
     """
 
     steps: list[Step] = dataclasses.field(default_factory=list)
     contract: str = "EXACT"
     notes: list[str] = dataclasses.field(default_factory=list)
+    graphs: list[CapturedModule] = dataclasses.field(default_factory=list, compare=False, repr=False)
 
     @property
     def seconds(self) -> float:
@@ -98,7 +104,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, fit for JSON; infinities become text."""
-        plain = dataclasses.asdict(self)
+        plain = dataclasses.asdict(dataclasses.replace(self, graphs=[]))
+        del plain["graphs"]
         return _finite(plain)  # type: ignore[no-any-return]  # a dict in, a dict out
 
     def to_json(self) -> str:

@@ -9,19 +9,18 @@ belong to it, and the pass manager can run the pass again with some sites left o
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
+from torch.utils import _pytree as pytree
 
-from fxopt.args import check_same_type, dtype, put_arg, shape, shape_text, source_line, value
+from fxopt.args import check_same_type, put_arg, shape_text, source_line, value
 from fxopt.attributes import (
-    Reads,
     Removable,
     attach,
     fresh_name,
-    get_path,
     named_tensors,
     owner_of,
     remove_unread,
@@ -31,11 +30,13 @@ from fxopt.effects import has_effect, is_random
 from fxopt.errors import PassError, describe
 from fxopt.functionalize import fake_call, same_value_type
 from fxopt.graph_module import CapturedModule, Provenance, graph_modules
+from fxopt.graph_reader import GraphReader
+from fxopt.interface import add_argument, remove_argument, set_outputs
 
 __all__ = ["Change", "Rewriter", "Skip"]
 
 
-class Rewriter:
+class Rewriter(GraphReader):
     """Reads and changes one graph on behalf of one pass.
 
     Attributes:
@@ -47,95 +48,15 @@ class Rewriter:
 
     def __init__(self, gm: CapturedModule, pass_name: str, *, only: Collection[str] | None = None) -> None:
         """Args: gm: changed in place. pass_name: for the record. only: names of the sites to hand out; all if None."""
-        self.gm = gm
+        super().__init__(gm, only)
         self.pass_name = pass_name
         self.changes: list[Change] = []
         self.skips: list[Skip] = []
         self.notes: list[str] = []
-        self._only = None if only is None else frozenset(only)
-        self._site = ""
         self._attributes = {name for name, _ in named_tensors(gm)}
         self._removable = Removable(gm)
         self._fake_mode: Any = None
-        self._reads = Reads(gm)
-        self._paths: dict[torch.nn.Module, str] = {}
         self._touched: set[torch.fx.GraphModule] = set()
-
-    # ---- reading
-
-    def nodes(self) -> Iterator[torch.fx.Node]:
-        """Yield every node but placeholders and outputs, in order, inner graphs included; each is one site.
-
-        The list is taken at the start: nodes made meanwhile are not visited, nodes erased meanwhile neither.
-        """
-        for module in graph_modules(self.gm):
-            yield from self.nodes_of(module)
-
-    def calls(self, *targets: Any) -> Iterator[torch.fx.Node]:
-        """Yield the calls of any of ``targets``; each is one site. See :meth:`nodes`."""
-        wanted = frozenset(targets)
-        for module in graph_modules(self.gm):
-            found = [node for node in module.graph.nodes if node.op == "call_function" and node.target in wanted]
-            yield from self._sites(found)
-
-    def nodes_of(self, module: torch.fx.GraphModule, *, backwards: bool = False) -> Iterator[torch.fx.Node]:
-        """Yield the nodes of one graph alone, the last one first if ``backwards``. See :meth:`nodes`."""
-        found = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
-        yield from self._sites(found[::-1] if backwards else found)
-
-    def _sites(self, nodes: list[torch.fx.Node]) -> Iterator[torch.fx.Node]:
-        for node in nodes:
-            if node._erased:
-                continue
-            site = self.site_name(node)
-            if self._only is not None and site not in self._only:
-                continue
-            outer, self._site = self._site, site
-            yield node
-            self._site = outer
-
-    def site_name(self, node: torch.fx.Node) -> str:
-        """Return the name that stands for the node across reruns of the pass."""
-        owner = owner_of(node)
-        if owner is self.gm:
-            return node.name
-        if owner not in self._paths:
-            self._paths = {module: path for path, module in self.gm.named_modules()}
-        return f"{self._paths[owner]}/{node.name}"
-
-    def value(self, node: torch.fx.Node) -> Any:
-        """Return what the node yields: a FakeTensor, a SymInt or number, or a tuple of these."""
-        return value(node)
-
-    def dtype(self, node: torch.fx.Node) -> torch.dtype:
-        """Return the element type of the node's tensor."""
-        return dtype(node)
-
-    def shape(self, node: torch.fx.Node) -> torch.Size:
-        """Return the shape of the node's tensor; dynamic sizes are SymInts."""
-        return shape(node)
-
-    def tensor(self, node: torch.fx.Node) -> torch.Tensor:
-        """Return the tensor behind a ``get_attr`` node.
-
-        Raises:
-            TypeError: the node reads no attribute, or one that is not a tensor.
-        """
-        if node.op != "get_attr":
-            raise TypeError(f"{node.name} is a {node.op}, not the read of an attribute")
-        found = get_path(owner_of(node), str(node.target))
-        if not isinstance(found, torch.Tensor):
-            raise TypeError(f"{node.name} reads {node.target!r}, which is a {type(found).__name__}")
-        return found
-
-    def readers(self, path: str, graph: torch.fx.Graph) -> int:
-        """Return how many ``get_attr`` nodes of a graph read the tensor at ``path``, by whichever of its names."""
-        owner = graph.owning_module
-        return 0 if owner is None else len(self._reads.of_tensor(owner, get_path(owner, path)))
-
-    def reads(self, tensor: torch.Tensor) -> list[torch.fx.Node]:
-        """Return the ``get_attr`` nodes of all graphs that read a tensor, by whichever of its names."""
-        return self._reads.everywhere(tensor)
 
     # ---- changing
 
@@ -199,10 +120,20 @@ class Rewriter:
         return new
 
     def copy_call(
-        self, inner: torch.fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any], *, before: torch.fx.Node, why: str
+        self,
+        inner: torch.fx.Node,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        before: torch.fx.Node,
+        why: str,
+        name: str | None = None,
     ) -> torch.fx.Node:
-        """Insert the call that ``inner`` makes in another graph, with other arguments; it keeps its modes and line."""
-        new = self._call(before, inner.target, args, kwargs, [inner])
+        """Insert the call that ``inner`` makes in another graph, with other arguments; it keeps its modes and line.
+
+        It is called ``name``, if that is given, with a number behind it if the graph has such a node.
+        """
+        new = self._call(before, inner.target, args, kwargs, [inner], name)
         new.meta |= {key: inner.meta[key] for key in ("modes", "branch") if key in inner.meta}
         self._record("inserted", new, why)
         return new
@@ -280,9 +211,23 @@ class Rewriter:
             trainable: Make it a parameter.
             why: Reason, for the report; says what was added if not given.
         """
-        owner = owner_of(near)
+        held = torch.nn.Parameter(tensor.detach()) if trainable else tensor.detach()
+        return self.share(name, held, near=near, why=why)
+
+    def share(
+        self, name: str, tensor: torch.Tensor, *, near: torch.fx.Node, persistent: bool = True, why: str = ""
+    ) -> torch.fx.Node:
+        """Add a tensor itself, which others may hold too, and return the node that reads it; see :meth:`constant`.
+
+        Args:
+            name: Wanted dotted name.
+            tensor: The tensor; a parameter stays one, anything else becomes a buffer.
+            near: Node before which the read is placed.
+            persistent: Whether a buffer is part of the state dict.
+            why: Reason, for the report; says what was added if not given.
+        """
         path = fresh_name(self.gm, name, self._attributes)
-        attach(owner, path, torch.nn.Parameter(tensor.detach()) if trainable else tensor.detach())
+        attach(owner_of(near), path, tensor, persistent=persistent)
         self._attributes.add(path)
         self._removable.add(path)
         with near.graph.inserting_before(near):
@@ -313,6 +258,56 @@ class Rewriter:
             self._reads.add(reader)
         self._record("tensor", node, why)
 
+    def add_argument(self, name: str, fakes: Any, examples: Sequence[Any], *, why: str) -> Any:
+        """Let the graph take one more argument, the last one.
+
+        Args:
+            name: Its name, with an underscore behind it if an argument or a node is called so.
+            fakes: The fake tensor that it is, or a tree of them (dicts, lists, tuples), with the graph's own sizes.
+            examples: The example for each of the graph's samples, of the same structure.
+            why: Reason, for the report.
+
+        Returns:
+            The placeholder, or the tree of them.
+
+        Raises:
+            PassError: there is not one example for each sample.
+        """
+        placeholders = add_argument(self.gm, name, fakes, examples)
+        for node in pytree.tree_leaves(placeholders):
+            node.meta["fxopt"] = Provenance(self.pass_name)
+            self._record("inserted", node, why)
+        return placeholders
+
+    def remove_argument(self, name: str, *, why: str) -> None:
+        """Let the graph take the argument ``name`` no longer, which nothing reads.
+
+        Raises:
+            PassError: something reads it, or there is no such argument.
+        """
+        for node in remove_argument(self.gm, name):
+            self._record("erased", node, why)
+
+    def set_outputs(self, tree: Any, names: Sequence[str], *, why: str) -> None:
+        """Let the graph return a tree of nodes, numbers and None, and erase what nobody reads any more.
+
+        Args:
+            tree: What to return.
+            names: For the first leaves that are not None; the others are named by where they stand in the tree.
+            why: Reason, for the report.
+        """
+        output = self.gm.graph.output_node()
+        old = list(output.all_input_nodes)
+        set_outputs(self.gm, tree, names)
+        self._record("argument", output, why)
+        self._erase_dead(old)
+
+    def leave(self, name: str, record: Any) -> None:
+        """Leave plain JSON values for later passes in ``gm.records``, or take away what is there, by None."""
+        self.gm.records.pop(name, None)
+        if record is not None:
+            self.gm.records[name] = record
+
     def skip(self, node: torch.fx.Node, reason: str) -> None:
         """Record that the pass looked at ``node`` and left it alone."""
         self.skips.append(Skip(node.name, reason, source_line(node), self.pass_name))
@@ -334,6 +329,7 @@ class Rewriter:
         """Bring code and attributes in line with the graph. The pass manager calls this once, after the pass."""
         if not self.changes:
             return
+        self.leave("passes", [*self.gm.records.get("passes", ()), *dict.fromkeys(c.pass_name for c in self.changes)])
         self._removable.remove_unread()
         for module in graph_modules(self.gm):
             if module in self._touched or module is self.gm:
@@ -348,9 +344,10 @@ class Rewriter:
         args: Sequence[Any],
         kwargs: Mapping[str, Any] | None,
         sources: Sequence[torch.fx.Node],
+        name: str | None = None,
     ) -> torch.fx.Node:
         with at.graph.inserting_before(at):
-            new = at.graph.call_function(target, tuple(args), dict(kwargs or {}))
+            new = at.graph.create_node("call_function", target, tuple(args), dict(kwargs or {}), name)
         try:
             new.meta["val"] = fake_call(target, new.args, new.kwargs)
         except Exception as error:

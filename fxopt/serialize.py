@@ -25,6 +25,7 @@ from fxopt.codec import Decoder, Encoder, read_tree, write_tree
 from fxopt.dimensions import Dimension, Sample
 from fxopt.errors import FileFormatError, describe
 from fxopt.graph_module import CapturedModule, InputSpec
+from fxopt.live_graph import refuse_sharded
 from fxopt.report import Report
 
 __all__ = ["load", "save"]
@@ -38,6 +39,7 @@ def save(gm: CapturedModule, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: ``gm`` is not a captured graph.
+        PassError: FSDP has split its parameters among processes.
         OSError: the path cannot be written.
     """
     if not isinstance(gm, CapturedModule):
@@ -90,6 +92,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def _write(gm: CapturedModule, file: Any) -> None:
+    refuse_sharded(gm, "saved")
     named = [*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False)]
     unique: dict[int, torch.Tensor] = {}
     table = {}
@@ -128,6 +131,7 @@ def _write(gm: CapturedModule, file: Any) -> None:
             [None if isinstance(leaf, torch.Tensor) else encoder.item(leaf) for leaf in sample] for sample in leaves
         ],
         "report": gm.report.to_dict() if gm.report is not None else None,
+        "records": gm.records,
     }
     torch.save(
         {
@@ -231,3 +235,4 @@ def _restore_interface(gm: CapturedModule, header: dict[str, Any], decoder: Deco
     gm.modes, gm.modes_reason = header["modes"], header["modes_reason"]
     gm.training = header["training"]
     gm.report = Report.from_dict(header["report"]) if header["report"] else None
+    gm.records = header.get("records", {})  # files of version 0.1 have none

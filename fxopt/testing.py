@@ -75,6 +75,6 @@ def assert_within(pass_: Pass, before: CapturedModule, after: CapturedModule) ->
         AssertionError: it does not; the message names case, output and worst element.
     """
     judge = Judge(before, "all")
-    problem, _ = judge.judge(after, pass_.contract, evaluation_only=pass_.evaluation_only)
+    problem, _ = judge.judge(after, pass_.contract, evaluation_only=pass_.evaluation_only, interface=pass_.interface)
     assert problem is None, f"{pass_.name} breaks {pass_.contract}: {problem}"
     assert len(judge.refused) < len(list(cases(before, "all"))), f"nothing could be run: {judge.refused}"

@@ -6,6 +6,8 @@
     the result times ``gradient / result``, so that a step of gradient descent changes the result by the share of itself
     that the paper's rule does, with ``gradient`` for its gradient scale (section 2.2). It is cut off at -1 and 1: one
     step changes no scale by a larger share than the learning rate, where the paper asks for a lower one at 8 bits.
+    Where several processes train, it is cut off in each, before the mean is taken. ``growth`` has a number for each of
+    ``scale``, and one axis: FSDP splits parameters along it.
 ``fxopt::fake_quantize_bias(bias, input_scale, weight_scale)``
     Yields the bias as integer kernels add it: a multiple of ``input_scale * weight_scale`` that fits 32 bits.
 ``fxopt::norm_bias(bias, gamma, beta, mean, var, eps, input_scale, weight_scale)``
@@ -38,17 +40,17 @@ _LIBRARY.define(
 
 
 def _learned_scale(scale: torch.Tensor, growth: torch.Tensor, gradient: float) -> torch.Tensor:
-    return scale * growth.clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH).exp()
+    return scale * growth.reshape(scale.shape).clamp(-_LARGEST_GROWTH, _LARGEST_GROWTH).exp()
 
 
 def _keep_scale(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, float], output: torch.Tensor) -> None:
     ctx.save_for_backward(output)
-    ctx.gradient = inputs[2]
+    ctx.shape, ctx.gradient = inputs[1].shape, inputs[2]
 
 
 def _growth_gradient(ctx: Any, outer: torch.Tensor) -> tuple[None, torch.Tensor, None]:
     (found,) = ctx.saved_tensors
-    return None, (outer * (ctx.gradient / found)).clamp(-1, 1), None
+    return None, (outer * (ctx.gradient / found)).clamp(-1, 1).reshape(ctx.shape), None
 
 
 def _rounded(bias: torch.Tensor, step: torch.Tensor) -> torch.Tensor:

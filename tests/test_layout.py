@@ -19,7 +19,10 @@ MAY_IMPORT = {
     "fxopt.tools": set(ROOMS),
 }
 # Inside a function only, so that `import fxopt` does not run it: (file, room) and the reason.
-LATE_IMPORTS = {("fxopt/optimize.py", "fxopt.passes"): "optimize(model) with no passes runs fxopt.passes.DEFAULT"}
+LATE_IMPORTS = {
+    ("fxopt/optimize.py", "fxopt.passes"): "optimize(model) with no passes runs fxopt.passes.DEFAULT",
+    ("fxopt/view.py", "fxopt.tools"): "fxopt.view is the front door of the pictures that fxopt.tools.viz makes",
+}
 RUNTIMES = {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}  # the business of export and tools alone
 LONGEST_FILE = 400  # lines
 
