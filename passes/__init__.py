@@ -3,6 +3,8 @@
 from fxopt.pass_base import Pass
 from fxopt.passes import branches as _branches
 from fxopt.passes import cleanup as _cleanup
+from fxopt.passes import distill as _distill
+from fxopt.passes import half as _half
 from fxopt.passes import prune as _prune
 from fxopt.passes import quantize as _quantize
 from fxopt.passes.branches import (
@@ -24,6 +26,18 @@ from fxopt.passes.cleanup import (
     RemoveIdentities,
     SimplifyAlgebra,
 )
+from fxopt.passes.distill import (
+    AttentionLoss,
+    CustomLoss,
+    DistillationLoss,
+    ExtractStudent,
+    HintLoss,
+    MergeTeacher,
+    ResponseLoss,
+    SimilarityLoss,
+    distilled_student,
+)
+from fxopt.passes.half import AdaptivePrecision, CastHalf, MixedPrecision, PrecisionPlan
 from fxopt.passes.prune import (
     BakeMasks,
     Cubic,
@@ -57,7 +71,14 @@ from fxopt.passes.quantize import (
     SplitOutliers,
 )
 
-PASSES: tuple[type[Pass], ...] = (*_branches.PASSES, *_cleanup.PASSES, *_prune.PASSES, *_quantize.PASSES)
+PASSES: tuple[type[Pass], ...] = (
+    *_branches.PASSES,
+    *_cleanup.PASSES,
+    *_distill.PASSES,
+    *_half.PASSES,
+    *_prune.PASSES,
+    *_quantize.PASSES,
+)
 
 # What ``optimize(model)`` runs: identities first, so that batch norms stand next to their layers; dead code last.
 DEFAULT: tuple[Pass, ...] = (
@@ -73,29 +94,39 @@ __all__ = [
     "DEFAULT",
     "PASSES",
     "AdaRound",
+    "AdaptivePrecision",
+    "AttentionLoss",
     "BakeMasks",
     "BinarizeWeights",
     "BranchCount",
     "BranchProfile",
     "BranchesToSelect",
+    "CastHalf",
     "CodebookWeights",
     "ConvertQat",
     "CorrectBias",
     "Cubic",
+    "CustomLoss",
     "Dispatch",
+    "DistillationLoss",
     "EqualizeChannels",
+    "ExtractStudent",
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",
     "FuseAttention",
     "Gptq",
+    "HintLoss",
     "InsertMasks",
     "InsertQdq",
     "Iterative",
     "LowerForIntegers",
     "MaskPlan",
     "MergeCommonSubexpressions",
+    "MergeTeacher",
+    "MixedPrecision",
     "OneShot",
+    "PrecisionPlan",
     "PrepareQat",
     "Prune",
     "Pruner",
@@ -106,13 +137,16 @@ __all__ = [
     "QuantizeWeights",
     "RemoveDeadCode",
     "RemoveIdentities",
+    "ResponseLoss",
     "ShrinkMasked",
+    "SimilarityLoss",
     "SimplifyAlgebra",
     "SimplifyBranches",
     "SinkConstants",
     "SmoothQuant",
     "SpecializeBranches",
     "SplitOutliers",
+    "distilled_student",
     "fine_tune",
     "profile_branches",
 ]

@@ -18,8 +18,17 @@ Metric = Callable[[Callable[..., Any]], float]
 """Takes what is called as the model is, and returns how good it is: higher is better."""
 
 
-def measured(metric: Metric, gm: CapturedModule, what: str) -> float:
+def measured(
+    metric: Metric, gm: CapturedModule, what: str, *, of: str = "quantize", model: Callable[..., Any] | None = None
+) -> float:
     """Return the metric of a graph, which runs without gradients and with a fixed random state.
+
+    Args:
+        metric: See :data:`Metric`.
+        gm: The graph.
+        what: What the graph is, for the message of an error.
+        of: The pass that asks.
+        model: What runs the graph in its place, if not the graph itself.
 
     Raises:
         TypeError: the metric returns no number.
@@ -28,9 +37,9 @@ def measured(metric: Metric, gm: CapturedModule, what: str) -> float:
     """
     try:
         with isolated(gm):
-            found = metric(gm)
+            found = metric(gm if model is None else model)
     except Exception as error:
-        error.add_note(f"in the metric of quantize, called on {what}")
+        error.add_note(f"in the metric of {of}, called on {what}")
         raise
     if isinstance(found, torch.Tensor) and found.numel() == 1:
         found = found.item()

@@ -13,6 +13,7 @@ from fxopt.ops import SELECT_MODE
 from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.rules.base import Rule, handles
 from fxopt.passes.prune.structure import Structure
+from fxopt.training_ops import FAKE_QUANTIZE_BIAS, LEARNED_SCALE, NORM_BIAS
 
 __all__: list[str] = []
 
@@ -50,6 +51,7 @@ _UNTAGGED = (
     aten.subtract.Tensor, aten.floor_divide.default,
     aten.floor_divide.Scalar, aten.float_power.Tensor_Scalar, aten.float_power.Tensor_Tensor,
     aten.special_expit.default, aten.square.default, aten.empty_like.default,
+    LEARNED_SCALE, FAKE_QUANTIZE_BIAS, NORM_BIAS,
 )  # fmt: skip
 
 
