@@ -23,6 +23,7 @@ import torch
 from fxopt.attributes import get_path, owner_of
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
+from fxopt.live_graph import refuse_sharded
 from fxopt.passes.prune.importance import Loss
 from fxopt.passes.prune.insert_masks import InsertMasks
 from fxopt.passes.prune.masks import MaskPlan, masked_products, norm_masks
@@ -96,7 +97,7 @@ class Pruner:
         """Count a step of the optimizer, and mask more if it is time to; return whether it was.
 
         Raises:
-            PassError: the optimizer trains other parameters than those of the graph.
+            PassError: the optimizer trains other parameters than those of the graph, or FSDP has split these.
             ValueError: the schedule gives no share from 0 and below 1.
             CalibrationError: the importance needs data, and they do not fit.
         """
@@ -107,6 +108,7 @@ class Pruner:
             )
         is_due = fraction > self.fraction
         if is_due:
+            refuse_sharded(self.gm, "masked further")
             self._check_optimizer()
             wanted = dataclasses.replace(self._prune, fraction=None if self._prune.pattern else fraction)
             self._apply(wanted.make_plan(self.gm, self._data, found=self._found))
@@ -123,8 +125,9 @@ class Pruner:
         """Go on from a state; what it masks is masked in the graph as well.
 
         Raises:
-            PassError: the state is one of another graph.
+            PassError: the state is one of another graph, or FSDP has split the parameters.
         """
+        refuse_sharded(self.gm, "masked")
         missing = [key for key in ("steps", "fraction", "masks", "channels") if key not in state]
         if missing:
             raise PassError(

@@ -189,7 +189,7 @@ class FakeQuantizers:
         """Return the nodes of a new scale and zero point; ``count`` is n q in the gradient scale 1 / sqrt(n q)."""
         held = self.rw.constant(f"{name}_scale", scale, near=before)
         if self.scales.learned:
-            growth = self.rw.constant(f"{name}_growth", torch.zeros_like(scale), near=before, trainable=True)
+            growth = self.rw.constant(f"{name}_growth", torch.zeros(scale.numel()), near=before, trainable=True)
             arguments = (held, growth, 1 / math.sqrt(max(count, 1)))
             held = self.rw.insert_call(LEARNED_SCALE, arguments, before=before, why="trains the scale")
         return held, self.rw.constant(f"{name}_zero_point", zero_point, near=before)
