@@ -10,13 +10,28 @@ import sys
 import pytest
 import torch
 
+import fxopt
 from fxopt.passes import DEFAULT, PASSES
+from tests.distributed.launch import torchrun
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGE = (ROOT / "README.md").read_text()
-NET_CODE, EXAMPLE_CODE, BRANCH_NET_CODE, BRANCH_CODE, INTEGER_CODE, PRUNING_CODE = re.findall(
-    r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL
-)
+
+
+def python_below(heading: str) -> list[str]:
+    """Return the Python code that stands below a heading of the page, block by block."""
+    section = re.split(r"^## ", PAGE, flags=re.MULTILINE)
+    (text,) = [part for part in section if part.startswith(f"{heading}\n")]
+    return re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+NET_CODE, EXAMPLE_CODE = python_below("In Python")
+BRANCH_NET_CODE, BRANCH_CODE = python_below("Python that branches on values")
+(INTEGER_CODE,) = python_below("Integers")
+(PRUNING_CODE,) = python_below("Smaller nets")
+(DISTILLING_CODE,) = python_below("Students and teachers")
+(MIXED_CODE,) = python_below("Training in half precision")
+TRAIN_CODE, SHARD_CODE = python_below("Training on many machines")
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
@@ -97,6 +112,38 @@ def test_pruning_example_shrinks_the_net(folder, capsys):
     (scores,) = Session(folder / "small.onnx").run([images])
     with torch.no_grad():
         torch.testing.assert_close(scores, names["small"](images), rtol=1e-4, atol=1e-5)
+
+
+def test_distilling_example_gives_the_student_back(folder, capsys):
+    names = {"__name__": "example"}
+    exec(compile(DISTILLING_CODE, "README.md", "exec"), names)
+    assert "the student is, node for node, the graph that went in" in capsys.readouterr().out
+    assert list(names["out"]["terms"]) == ["response", "hint conv"]
+    assert names["trained"](torch.randn(7, 3, 32, 32)).shape == (7, 10)
+    assert [step.status for step in names["small"].report.steps] == ["changed"] * 3
+
+
+def test_half_precision_example_trains(folder, capsys):
+    names = {"__name__": "example"}
+    exec(compile(MIXED_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert re.search(r"^conv2d +float16$", said, re.MULTILINE)
+    assert "mean loses digits or range in half (net.py:" in said
+    images = torch.randn(7, 3, 32, 32)
+    model = names["Net"]().eval()
+    model.load_state_dict(names["adaptive"].gm.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(names["adaptive"].gm.eval()(images), model(images), rtol=1e-2, atol=1e-2)
+
+
+def test_examples_of_many_machines_run_under_torchrun(folder):
+    for name, code, processes in (("train.py", TRAIN_CODE, 2), ("shard.py", SHARD_CODE, 1)):
+        (folder / name).write_text(code)
+        torchrun(name, folder=folder, processes=processes)
+    trained = fxopt.load(folder / "trained.fxopt")
+    masks = [mask for name, mask in trained.named_buffers() if name.endswith("_mask")]
+    assert masks
+    assert not all(mask.all() for mask in masks)
 
 
 @pytest.mark.ort
