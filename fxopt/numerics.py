@@ -22,11 +22,13 @@ from torch.utils import _pytree as pytree
 
 from fxopt.contracts import METRICS, Contract
 from fxopt.effects import is_random
+from fxopt.graph_module import graph_modules
 from fxopt.isolation import isolated
 
 __all__ = [
     "Errors",
     "Reference",
+    "coarsest_eps",
     "largest_noise",
     "measure",
     "node_float64",
@@ -225,10 +227,18 @@ def reference(gm: torch.fx.GraphModule, outputs: Sequence[Any], leaves: Sequence
     precise = run_float64(gm, leaves)
     if precise is None:
         precise = tuple(outputs)
-    return Reference(tuple(outputs), precise, tuple(_noise(o, p) for o, p in zip(outputs, precise, strict=True)))
+    eps = coarsest_eps(gm)
+    return Reference(tuple(outputs), precise, tuple(_noise(o, p, eps) for o, p in zip(outputs, precise, strict=True)))
 
 
-def _noise(output: Any, precise: Any) -> float:
+def coarsest_eps(gm: torch.fx.GraphModule) -> float:
+    """Return the largest eps of all floating types that a graph computes in; 0 if it has no floats."""
+    values = (node.meta.get("val") for module in graph_modules(gm) for node in module.graph.nodes)
+    floats = {value.dtype for value in values if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
+
+
+def _noise(output: Any, precise: Any, eps: float) -> float:
     if (
         not isinstance(output, torch.Tensor)
         or not (output.is_floating_point() or output.is_complex())
@@ -240,19 +250,24 @@ def _noise(output: Any, precise: Any) -> float:
         return 0.0
     measured = measure(precise[finite].to(_WIDER.get(output.dtype, output.dtype)), output[finite]).max_abs
     scale = float(precise[finite].abs().max())
-    eps = torch.finfo(output.dtype).eps
-    return min(max(measured, _FLOOR_EPS * eps * scale), largest_noise(output, precise))
+    floor = _FLOOR_EPS * torch.finfo(output.dtype).eps * scale
+    return min(max(measured, floor), largest_noise(output, precise, eps))
 
 
-def largest_noise(output: torch.Tensor, precise: torch.Tensor) -> float:
+def largest_noise(output: torch.Tensor, precise: torch.Tensor, eps: float) -> float:
     """Return the most that counts as rounding error of an output, in its own unit: half of all its digits.
 
     A graph that loses more amplifies whatever it is given, or its float64 run computes something else. A bound as wide
     as that would let anything pass.
+
+    Args:
+        output: The output.
+        precise: That of the float64 run.
+        eps: Of the coarsest type that the graph computes in: what was rounded to it has no more digits.
     """
     finite = precise[precise.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return math.sqrt(torch.finfo(output.dtype).eps) * scale
+    return math.sqrt(max(eps, torch.finfo(output.dtype).eps)) * scale
 
 
 def surely_rounding(want: torch.Tensor, got: torch.Tensor, factor: float) -> bool:

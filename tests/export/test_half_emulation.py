@@ -9,7 +9,7 @@ from torch import nn
 
 import fxopt
 from fxopt.errors import ExportError, NumericsError
-from fxopt.export import Session, to_onnx
+from fxopt.export import Session, to_onnx, validate
 from fxopt.export.half_emulation import emulated
 from tests.models.randomized import randomized
 
@@ -138,6 +138,37 @@ def test_statistics_in_float32_stay_so(dtype: torch.dtype) -> None:
     assert [node.op_type for node in file.model.graph] == ["BatchNormalization"]
     (got,) = saved(emulated(file)).run([x])
     assert torch.equal(got, Mixed().eval()(x))
+
+
+class Deep(nn.Module):
+    """Layers in half between an input and an output in float32, with a step that ONNX computes in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.bfloat16()
+        for layer in self.layers:
+            y = y + nn.functional.hardswish(nn.functional.linear(y, layer.weight.bfloat16(), layer.bias.bfloat16()))
+        return y.float()
+
+
+def test_a_graph_that_rounds_inside_may_differ_by_what_it_rounds_to() -> None:
+    torch.manual_seed(0)
+    file = to_onnx(fxopt.capture(Deep(), (torch.randn(64, 32),)))
+    assert file.validation is not None
+    assert file.validation.max_abs > 1e-3  # far more than float32 rounds by
+
+
+def test_a_graph_that_rounds_inside_may_not_differ_by_more() -> None:
+    torch.manual_seed(0)
+    gm = fxopt.capture(Deep(), (torch.randn(64, 32),))
+    file = to_onnx(gm, validate=False)
+    with torch.no_grad():
+        gm.get_parameter("layers.3.weight").mul_(-2)
+    with pytest.raises(NumericsError, match="exceeds the ROUNDING bound"):
+        validate(file, gm)
 
 
 def test_a_runtime_that_is_not_known_is_refused() -> None:
