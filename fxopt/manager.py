@@ -97,7 +97,7 @@ class PassManager:
         report.contract = str(contract)
         report.notes += judge.refused
         # What is handed out may be trained or changed; the graphs of the steps stay as they were.
-        handed_out = good
+        handed_out = good.clone() if self.keep_graphs else good
         handed_out.report = report
         return handed_out
 
