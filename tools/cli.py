@@ -48,6 +48,7 @@ from fxopt.tools.options import (
     parse_sizes,
 )  # fmt: skip
 from fxopt.tools.tables import print_passes, print_report
+from fxopt.tools.view_command import view
 
 __all__ = ["app", "main"]
 
@@ -198,6 +199,7 @@ def validate(
 app.command()(blame)
 app.command()(bench)
 app.command()(bisect)
+app.command()(view)
 app.command()(bundle)
 app.command()(verify)
 

@@ -12,8 +12,14 @@ BENCHMARKS = {
     "export_speed": "time to export and latency of the result, against torch.onnx.export",
     "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
+    "distill_digits": "a small student of a larger teacher on 200 real digits: accuracy by loss",
+    "distill_step": "a training step of student, teacher and losses in one graph, against hooks",
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
     "low_bit_digits": "weights of 1 to 4 bits on real digits: tables, signs, ternary, before and after training",
+    "distill_mnist": "a student with masks and quantizers beside its teacher, then shrunk and in integers, in ORT",
+    "half_overflow": "small nets that float16 breaks: who misses it, and what ORT on a CPU hides",
+    "half_precision": "float16 and bfloat16 beside onnxconverter-common: error in emulation, size, casts, islands",
+    "mixed_precision_digits": "loss curves on real digits in float32 and half: graphs, autocast, adaptive precision",
     "prune_tasks": "trained nets pruned to half and a quarter, fine-tuned, timed in ORT, beside Torch-Pruning",
     "prune_torchvision": "every torchvision classifier pruned to half of its channels, beside Torch-Pruning",
     "prune_latency": "pruned to budgets of time: what is predicted, and what the files take in ORT",
@@ -23,11 +29,14 @@ BENCHMARKS = {
     "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
     "quantization": "int8 beside the peers: score, error, latency, integer kernels, time and memory",
+    "viewer": "pages of graphs of 1,000 to 10,000 nodes in Chromium: time until ready, time of a frame",
     "weight_only_minilm": "a sentence net with weights of 8 to 2 bits: size, error, ranking, time",
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
 }
 
-WITH_MODELS = ("quantization", "prune_certificate", "prune_latency", "prune_tasks", "prune_torchvision")
+WITH_MODELS = (
+    "half_precision", "quantization", "prune_certificate", "prune_latency", "prune_tasks", "prune_torchvision",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
