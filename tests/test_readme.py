@@ -30,6 +30,8 @@ BRANCH_NET_CODE, BRANCH_CODE = python_below("Python that branches on values")
 (INTEGER_CODE,) = python_below("Integers")
 (PRUNING_CODE,) = python_below("Smaller nets")
 (DISTILLING_CODE,) = python_below("Students and teachers")
+(HALF_CODE,) = python_below("Half precision")
+(FAULT_CODE,) = python_below("Where it goes wrong")
 (MIXED_CODE,) = python_below("Training in half precision")
 TRAIN_CODE, SHARD_CODE = python_below("Training on many machines")
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -147,14 +149,37 @@ def test_examples_of_many_machines_run_under_torchrun(folder):
 
 
 @pytest.mark.ort
+def test_half_precision_example_plans_and_exports(folder, capsys):
+    names = {"__name__": "example"}
+    exec(compile(HALF_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "cast-half" in said
+    assert "emulated" in said
+    assert len(names["plan"].half) > 3
+    assert (folder / "half.onnx").stat().st_size > 0
+
+
+@pytest.mark.ort
+def test_fault_example_blames_bisects_and_bundles(folder, capsys):
+    names = {"__name__": "example"}
+    exec(compile(FAULT_CODE, "README.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert said.count("every node computes what it should") == 2
+    assert "quantize (step 1) as a whole breaks the check" in said
+    assert "integers.onnx by line:" in said
+    assert "bundle is intact, and ONNX Runtime agrees" in said
+    assert (folder / "repro" / "repro.py").exists()
+
+
+@pytest.mark.ort
 def test_commands_run(folder):
     if importlib.util.find_spec("fxopt.tools.cli") is None:
         pytest.skip("the command line is not written yet")
     commands = [shlex.split(line) for line in COMMANDS.splitlines()]
     assert [command[:2] for command in commands] == [
-        ["fxopt", name] for name in ("optimize", "validate", "passes", "demo")
+        ["fxopt", name] for name in ("optimize", "validate", "passes", "optimize", "blame", "bench", "bundle", "verify", "demo")
     ]
-    for command in commands[:3]:  # tests/tools/test_demo.py runs the demo
+    for command in commands[:-1]:  # tests/tools/test_demo.py runs the demo
         code = "import sys; from fxopt.tools.cli import main; sys.exit(main())"
         done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
