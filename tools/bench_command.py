@@ -26,7 +26,7 @@ def bench(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure latency, memory and size, and the time of each source line."""
+    """Measure latency, memory, size, and the time of each line."""
     files = [file, *(against or [])]
     with users_code(debug=debug), stages(1, quiet=json or debug) as progress:
         for each in files:

@@ -42,7 +42,7 @@ def verify(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check that a bundle is intact and computes here what it did there.
+    """Check that a bundle is intact and computes what it should.
 
     The exit status is 1 if not.
     """
