@@ -73,9 +73,7 @@ def inline(
 
 
 class _Inlining:
-    def __init__(
-        self, rw: Rewriter, given: CapturedModule, before: Node, prefix: str, tensors: str, why: str
-    ) -> None:
+    def __init__(self, rw: Rewriter, given: CapturedModule, before: Node, prefix: str, tensors: str, why: str) -> None:
         self.rw, self.given, self.before, self.why = rw, given, before, why
         self.inner = given.clone()  # the graphs inside it move into the graph around
         self.prefix, self.tensors = prefix, tensors

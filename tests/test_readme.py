@@ -176,9 +176,8 @@ def test_commands_run(folder):
     if importlib.util.find_spec("fxopt.tools.cli") is None:
         pytest.skip("the command line is not written yet")
     commands = [shlex.split(line) for line in COMMANDS.splitlines()]
-    assert [command[:2] for command in commands] == [
-        ["fxopt", name] for name in ("optimize", "validate", "passes", "optimize", "blame", "bench", "bundle", "verify", "demo")
-    ]
+    named = ("optimize", "validate", "passes", "optimize", "blame", "bench", "bundle", "verify", "demo")
+    assert [command[:2] for command in commands] == [["fxopt", name] for name in named]
     for command in commands[:-1]:  # tests/tools/test_demo.py runs the demo
         code = "import sys; from fxopt.tools.cli import main; sys.exit(main())"
         done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False)

@@ -36,7 +36,7 @@ WAYS = {
 
 
 def moved(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Return images f32[n, 1, 28, 28] turned by up to 10 degrees, scaled by up to a tenth, shifted by up to 2 pixels."""
+    """Return images f32[n, 1, 28, 28] turned by up to 10 degrees, scaled by a tenth, shifted by 2 pixels."""
     count = len(images)
     angle, scale, x, y = (2 * torch.rand(4, count, generator=draw) - 1).unbind()
     angle, scale = angle * torch.pi / 18, 1 + scale / 10
