@@ -11,6 +11,7 @@ BENCHMARKS = {
     "pass_scaling": "time per node of each cleanup pass and of the manager, from 1,000 to 100,000 nodes",
     "export_speed": "time to export and latency of the result, against torch.onnx.export",
     "control_flow_table": "Python branches and loops on values, against torch.export and torch.onnx.export",
+    "blame_speed": "every intermediate value of a model against eager: time and memory, beside torch.onnx",
     "branch_scaling": "traces, nodes and time of nets of 8 to 64 branches",
     "distill_digits": "a small student of a larger teacher on 200 real digits: accuracy by loss",
     "distill_step": "a training step of student, teacher and losses in one graph, against hooks",
