@@ -114,9 +114,7 @@ class PassManager:
             if not result.modified:
                 return good
             verify(result.gm, after=item.spec())
-            problem, yielded = judge.judge(
-                result.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface
-            )
+            problem, yielded = _judged(judge, item, result)
             if problem is not None:
                 if self.strict:
                     raise ContractError(_contract_text(item, problem, result))
@@ -150,24 +148,24 @@ class PassManager:
                 verify(trial.gm, after=item.spec())
             except FxoptError:
                 return False
-            return (
-                judge.judge(trial.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface)[0]
-                is None
-            )
+            return _judged(judge, item, trial)[0] is None
 
         guilty = guilty_sites(sites, holds)
         innocent = [site for site in sites if site not in guilty]
         if not innocent:
             return nothing, []
         final = item(good, only=innocent)
-        left, yielded = judge.judge(
-            final.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface
-        )
+        left, yielded = _judged(judge, item, final)
         if left is not None or not final.modified:
             return nothing, []
         step.status = "partly rolled back"
         step.rolled_back = (RolledBack(tuple(guilty), why),)
         return final, yielded
+
+
+def _judged(judge: Judge, item: Pass, result: PassResult) -> tuple[str | None, list[tuple[Any, ...] | None]]:
+    """Judge what a pass made by what the pass promises."""
+    return judge.judge(result.gm, item.contract, evaluation_only=item.evaluation_only, interface=item.interface)
 
 
 def guilty_sites(sites: list[str], holds: Callable[[list[str]], bool]) -> list[str]:
