@@ -19,7 +19,7 @@ import math
 
 import torch
 
-__all__ = ["MASKED_GROUP_NORM", "MASKED_LAYER_NORM"]
+__all__ = ["MASKED_GROUP_NORM", "MASKED_LAYER_NORM", "widened"]
 
 _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _LIBRARY.define(
@@ -34,7 +34,7 @@ def _masked_layer_norm(
     input: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
     _check(mask, input.shape[-1])
-    result = _standardized(_wide(input), mask, mask.sum(), [-1], eps)
+    result = _standardized(widened(input), mask, mask.sum(), [-1], eps)
     return _scaled(result, weight, bias, 1).to(input.dtype)
 
 
@@ -49,7 +49,7 @@ def _masked_group_norm(
     _check(mask, input.shape[1])
     if groups < 1 or input.shape[1] % groups:
         raise ValueError(f"{groups} groups do not divide {input.shape[1]} channels")
-    grouped = _wide(input).unflatten(1, (groups, input.shape[1] // groups))
+    grouped = widened(input).unflatten(1, (groups, input.shape[1] // groups))
     behind = [1] * (input.ndim - 2)
     kept = mask.reshape(groups, -1, *behind)
     places = math.prod(input.shape[2:])
@@ -63,7 +63,8 @@ def _check(mask: torch.Tensor, channels: int) -> None:
         raise ValueError(f"the mask is {mask.dtype} {list(mask.shape)}; wanted torch.bool [{channels}]")
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in half precision as float32, any other as it is."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -129,7 +129,7 @@ def _is_known_to_shrink(a: Any, b: Any) -> bool:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the element type in which values of ``dtype`` are compared; see :func:`losses.widened`."""
+    """Return the type in which values of ``dtype`` are compared; see :func:`fxopt.normalization_ops.widened`."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-__all__ = ["attention_loss", "hint_loss", "response_loss", "similarity_loss", "standardized", "widened"]
+from fxopt.normalization_ops import widened
+
+__all__ = ["attention_loss", "hint_loss", "response_loss", "similarity_loss", "standardized"]
 
 _TINY = 1e-7  # as in the code of Sun et al.; logits that are all equal stay 0
 
@@ -109,8 +111,3 @@ def similarity_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tenso
     rows = [widened(value).flatten(1) for value in (student, teacher)]
     ours, theirs = (F.normalize(row @ row.t()) for row in rows)
     return F.mse_loss(ours, theirs)
-
-
-def widened(value: torch.Tensor) -> torch.Tensor:
-    """Return a value in half precision as float32, any other as it is."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value

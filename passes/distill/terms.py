@@ -15,8 +15,9 @@ from torch import nn
 
 from fxopt.args import shape_text
 from fxopt.errors import PassError, describe
+from fxopt.normalization_ops import widened
 from fxopt.passes.distill.adapters import Resize, adapter, channel_axis_of, resizing
-from fxopt.passes.distill.losses import attention_loss, hint_loss, response_loss, similarity_loss, widened
+from fxopt.passes.distill.losses import attention_loss, hint_loss, response_loss, similarity_loss
 
 __all__ = ["AttentionLoss", "CustomLoss", "DistillationLoss", "HintLoss", "ResponseLoss", "SimilarityLoss"]
 
