@@ -15,7 +15,7 @@ from fxopt.args import argument_positions, module_path, shape_text, source_line
 from fxopt.attributes import get_path, owner_of
 from fxopt.graph_module import CapturedModule
 from fxopt.node_costs import NodeCosts, argument_sources
-from fxopt.tools.viz.kinds import kind_of, numbers_of
+from fxopt.tools.viz.kinds import kind_of, with_numbers
 from fxopt.tools.viz.model import Edge, Graph, Node, Number, Weight
 from fxopt.tools.viz.weights import describe_tensor
 
@@ -96,9 +96,7 @@ class _Reader:
         return None
 
     def _add(self, node: Node) -> None:
-        found = numbers_of(node, [self._by_id[edge.source] for edge in node.inputs if edge.source in self._by_id])
-        if found is not None:
-            node = dataclasses.replace(node, values={**node.values, "quantized": found})
+        node = with_numbers(node, self._by_id)
         self.nodes.append(node)
         self._by_id[node.id] = node
 

@@ -23,7 +23,7 @@ from fxopt.export import OnnxFile
 from fxopt.export.coverage_table import KERNELS, Call
 from fxopt.export.files import load_model
 from fxopt.tools.viz.from_fx import found_values
-from fxopt.tools.viz.kinds import kind_of, numbers_of
+from fxopt.tools.viz.kinds import kind_of, with_numbers
 from fxopt.tools.viz.model import Edge, Graph, Node, Number, Weight
 from fxopt.tools.viz.weights import describe_tensor
 
@@ -161,9 +161,7 @@ class _Reader:
         self._add(Node(identifier, "output", "output", inputs=edges, weights=weights, origins=(identifier,)))
 
     def _add(self, node: Node) -> None:
-        found = numbers_of(node, [self._by_id[edge.source] for edge in node.inputs if edge.source in self._by_id])
-        if found is not None:
-            node = dataclasses.replace(node, values={**node.values, "quantized": found})
+        node = with_numbers(node, self._by_id)
         self.nodes.append(node)
         self._by_id[node.id] = node
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fxopt.tools.viz.model import Node
 
-__all__ = ["KINDS", "kind_of", "numbers_of"]
+__all__ = ["KINDS", "kind_of", "numbers_of", "with_numbers"]
 
 _WORDS: dict[str, str] = {  # the first pattern that the name holds decides
     "quantize": r"quantize(linear)?$|quantize_|^(de)?quantize|fake_quant|dynamicquantizelinear|observer",
@@ -48,3 +49,14 @@ def numbers_of(node: Node, sources: Sequence[Node]) -> str | None:
     data = [source for source in sources[:2] if "bias" not in source.id]
     floats = any(len(weight.type.partition("[")[2].split(",")) > 1 for weight in node.weights)  # a bias has one axis
     return "quantized" if data and not floats and all(source.kind == "quantize" for source in data) else "float"
+
+
+def with_numbers(node: Node, known: Mapping[str, Node]) -> Node:
+    """Return the node with what it computes in among its values, if there is anything to say.
+
+    Args:
+        node: The node.
+        known: The nodes before it by id.
+    """
+    found = numbers_of(node, [known[edge.source] for edge in node.inputs if edge.source in known])
+    return node if found is None else dataclasses.replace(node, values={**node.values, "quantized": found})
