@@ -14,7 +14,7 @@ import torch
 
 from fxopt.export.session import Session
 
-__all__ = ["main"]
+__all__ = ["fresh_peak_bytes", "main", "peak_bytes"]
 
 _RUNS = 3
 
@@ -22,19 +22,25 @@ _RUNS = 3
 def main(path: str, inputs: str, threads: str) -> None:
     """Write the number to standard output."""
     given = torch.load(inputs)
-    with contextlib.suppress(
-        OSError
-    ):  # Linux alone can forget a peak; elsewhere that of the imports hides small models
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _peak_bytes()
+    before = fresh_peak_bytes()
     session = Session(path, threads=int(threads) or None)
     for _ in range(_RUNS):
         session.run(given)
-    sys.stdout.write(f"{_peak_bytes() - before}\n")
+    sys.stdout.write(f"{peak_bytes() - before}\n")
 
 
-def _peak_bytes() -> int:
-    """Return the peak of resident memory."""
+def fresh_peak_bytes() -> int:
+    """Forget the peak so far, where the system can (Linux alone), and return it as it stands then."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Return the peak of resident memory.
+
+    Linux's ``ru_maxrss`` may be that of the process which started this one, so its table of the process goes first.
+    """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024

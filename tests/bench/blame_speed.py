@@ -9,7 +9,6 @@ of ``torch.onnx.verification``, on the program that ``torch.onnx.export`` makes.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from fxopt.export.bench_memory import fresh_peak_bytes, peak_bytes
 from tests.bench.zoo_table import write_row
 from tests.zoo import architectures
 
@@ -37,19 +37,15 @@ def cell(model: str, tool: str) -> dict[str, Any]:
 
         gm = fxopt.optimize(net, example_inputs=(images,), check="off")
         file = to_onnx(gm, validate=False)
-        before, started = _peak(), time.perf_counter()
+        before, started = fresh_peak_bytes(), time.perf_counter()
         count = len(blame(file, gm).values)
     else:
         from torch.onnx.verification import verify_onnx_program
 
         program = torch.onnx.export(net, (images,), dynamo=True, verbose=False)
-        before, started = _peak(), time.perf_counter()
+        before, started = fresh_peak_bytes(), time.perf_counter()
         count = len(verify_onnx_program(program, (images,), compare_intermediates=True))
-    return {"values": count, "seconds": time.perf_counter() - started, "mib": _peak() - before}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"values": count, "seconds": time.perf_counter() - started, "mib": (peak_bytes() - before) / 2**20}
 
 
 def main(console: Console | None = None, *, quick: bool = False, **unused: Any) -> None:

@@ -9,13 +9,11 @@ free size, and a batch of one row.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gc
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -29,6 +27,7 @@ import torch
 
 from fxopt import numerics
 from fxopt.export import Session, coverage
+from fxopt.export.bench_memory import fresh_peak_bytes, peak_bytes
 from tests.bench.quantization_peers import TOOLS
 from tests.bench.quantization_subjects import Subject, rows, single_rows, subject
 
@@ -77,11 +76,11 @@ def measure(model: str, tool: str, folder: Path, *, threads: int = 0, fixed: boo
         __import__(package)  # not a part of the seconds
     net = subject(model).fixed() if fixed else subject(model)
     gc.collect()
-    before = _fresh_peak_mib()
+    before = fresh_peak_bytes() / 2**20
     started = time.perf_counter()
     chosen.quantize(net.model, net.batches, net.example, net.dynamic_shapes, path)
     seconds = time.perf_counter() - started
-    peak = _peak_mib()
+    peak = peak_bytes() / 2**20
     try:
         files = (path, folder / "fp32.onnx")
         ms, speed = latency(files, net, threads)
@@ -94,24 +93,6 @@ def measure(model: str, tool: str, folder: Path, *, threads: int = 0, fixed: boo
         raise StepError("ORT on the result") from error
     size = sum(file.stat().st_size for file in folder.glob(f"{path.name}*")) / 2**20
     return Cell(seconds, peak, peak - before, score, sqnr, ms, speed, integer, kernels, size)
-
-
-def _fresh_peak_mib() -> float:
-    """Forget the peak so far, where the system can, and return it as it stands then."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_mib()
-
-
-def _peak_mib() -> float:
-    """Return the peak of resident memory in MiB.
-
-    Linux's ``ru_maxrss`` may be that of the process which started this one, so its table of the process goes first.
-    """
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def run(session: Session, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
