@@ -37,6 +37,13 @@ TRAIN_CODE, SHARD_CODE = python_below("Training on many machines")
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
+def ran(code: str) -> dict:
+    """Run code of the page, and return the names that it leaves."""
+    names = {"__name__": "example"}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory that holds the page's net.py."""
@@ -52,8 +59,7 @@ def folder(tmp_path, monkeypatch):
 def test_python_example_runs_and_writes_a_model_of_any_batch(folder, capsys):
     from fxopt.export import Session
 
-    names = {"__name__": "example"}
-    exec(compile(EXAMPLE_CODE, "README.md", "exec"), names)
+    names = ran(EXAMPLE_CODE)
     said = capsys.readouterr().out
     assert all(item.name in said for item in DEFAULT)
     assert "contract ROUNDING" in said
@@ -69,8 +75,7 @@ def test_branch_example_runs_and_guards(folder, capsys):
 
     (folder / "gated.py").write_text(BRANCH_NET_CODE)
     sys.modules.pop("gated", None)
-    names = {"__name__": "example"}
-    exec(compile(BRANCH_CODE, "README.md", "exec"), names)
+    names = ran(BRANCH_CODE)
     said = capsys.readouterr().out
     assert "gated.py:11, in forward: if x.norm().item() > 1:" in said
     fast, graph = Session(folder / "fast.onnx"), names["graph"]
@@ -90,8 +95,7 @@ def test_branch_example_runs_and_guards(folder, capsys):
 def test_integer_example_runs_in_integers(folder, capsys):
     from fxopt.export import coverage
 
-    names = {"__name__": "example"}
-    exec(compile(INTEGER_CODE, "README.md", "exec"), names)
+    names = ran(INTEGER_CODE)
     said = capsys.readouterr().out
     assert "with correct-bias" in said
     assert "conv_weight" in said
@@ -103,8 +107,7 @@ def test_integer_example_runs_in_integers(folder, capsys):
 def test_pruning_example_shrinks_the_net(folder, capsys):
     from fxopt.export import Session
 
-    names = {"__name__": "example"}
-    exec(compile(PRUNING_CODE, "README.md", "exec"), names)
+    names = ran(PRUNING_CODE)
     said = capsys.readouterr().out
     assert "0 above 1e-04, 0 masked groups not removed" in said
     assert re.search(r"conv.weight .* of 16 rows masked", said)
@@ -117,8 +120,7 @@ def test_pruning_example_shrinks_the_net(folder, capsys):
 
 
 def test_distilling_example_gives_the_student_back(folder, capsys):
-    names = {"__name__": "example"}
-    exec(compile(DISTILLING_CODE, "README.md", "exec"), names)
+    names = ran(DISTILLING_CODE)
     assert "the student is, node for node, the graph that went in" in capsys.readouterr().out
     assert list(names["out"]["terms"]) == ["response", "hint conv"]
     assert names["trained"](torch.randn(7, 3, 32, 32)).shape == (7, 10)
@@ -126,8 +128,7 @@ def test_distilling_example_gives_the_student_back(folder, capsys):
 
 
 def test_half_precision_example_trains(folder, capsys):
-    names = {"__name__": "example"}
-    exec(compile(MIXED_CODE, "README.md", "exec"), names)
+    names = ran(MIXED_CODE)
     said = capsys.readouterr().out
     assert re.search(r"^conv2d +float16$", said, re.MULTILINE)
     assert "mean loses digits or range in half (net.py:" in said
@@ -150,8 +151,7 @@ def test_examples_of_many_machines_run_under_torchrun(folder):
 
 @pytest.mark.ort
 def test_half_precision_example_plans_and_exports(folder, capsys):
-    names = {"__name__": "example"}
-    exec(compile(HALF_CODE, "README.md", "exec"), names)
+    names = ran(HALF_CODE)
     said = capsys.readouterr().out
     assert "cast-half" in said
     assert "emulated" in said
@@ -162,8 +162,7 @@ def test_half_precision_example_plans_and_exports(folder, capsys):
 
 @pytest.mark.ort
 def test_fault_example_blames_bisects_and_bundles(folder, capsys):
-    names = {"__name__": "example"}
-    exec(compile(FAULT_CODE, "README.md", "exec"), names)
+    ran(FAULT_CODE)
     said = capsys.readouterr().out
     assert said.count("every node computes what it should") == 2
     assert "quantize (step 1) as a whole breaks the check" in said

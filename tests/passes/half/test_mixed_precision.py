@@ -17,6 +17,7 @@ import fxopt
 from fxopt.export import Session, to_onnx
 from fxopt.passes import CastHalf, MixedPrecision, PrecisionPlan, Prune
 from fxopt.testing import check_pass
+from tests.distributed.cases import Recurrent
 
 HALVES = (torch.float16, torch.bfloat16)
 X = torch.randn(16, 6, 8, generator=torch.Generator().manual_seed(1))
@@ -47,16 +48,6 @@ class Normed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.dropout(self.norm(self.conv(x)).relu().amax(2)))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm, self.head = nn.LSTM(8, 6, batch_first=True), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y, _ = self.lstm(x)
-        return self.head(y[:, -1])
 
 
 class Gated(nn.Module):
