@@ -17,6 +17,7 @@ import torch
 
 from fxopt.eager_control_flow import run_branches_eagerly
 from fxopt.errors import PassError, describe
+from fxopt.module_reads import reading_modules_once
 from fxopt.regions import holds_control_flow
 
 __all__ = ["LiveGraph", "graph_class", "refuse_sharded"]
@@ -30,7 +31,8 @@ class LiveGraph(torch.fx.GraphModule):
         outer, inner = type(self), graph_class(self)
         self.__class__ = inner  # recompile() writes into the class it finds
         try:
-            code = super().recompile()
+            with self.graph.on_generate_code(reading_modules_once(self.graph)):
+                code = super().recompile()
         finally:
             self.__class__ = outer
         newest: Any = inner.forward
