@@ -16,6 +16,7 @@ import torch
 from fxopt.errors import ExportError, describe
 from fxopt.export.coverage_table import Call, Shape
 from fxopt.export.files import OnnxFile, load_model, save_model
+from fxopt.export.origins import source_of
 from fxopt.export.session import Session
 
 __all__ = ["Inputs", "KernelRuns", "Origin", "drawn_inputs", "kernel_times", "profiled"]
@@ -213,7 +214,7 @@ def _marked(model: ir.Model) -> Callable[[ir.Node], Origin]:
         first = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
         origin = Origin(
             node.metadata_props.get("fxopt.node") or node.name or "",
-            node.metadata_props.get("fxopt.source", ""),
+            source_of(node),
             "" if first is None else first.op_type,
             node.op_type in ("Conv", "Gemm") and node.inputs[1] is not None and node.inputs[1].is_initializer(),
         )

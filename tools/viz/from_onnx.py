@@ -6,9 +6,7 @@ exporters gave them: ``/layer1/conv/Conv``.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import logging
 import math
 import os
 from collections.abc import Mapping
@@ -18,10 +16,11 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from fxopt.args import location_in
 from fxopt.export import OnnxFile
 from fxopt.export.coverage_table import KERNELS, Call
 from fxopt.export.files import load_model
+from fxopt.export.origins import scopes_of, source_of
+from fxopt.export.shape_inference import infer_types
 from fxopt.tools.viz.from_fx import found_values
 from fxopt.tools.viz.kinds import kind_of, with_numbers
 from fxopt.tools.viz.model import Edge, Graph, Node, Number, Weight
@@ -48,7 +47,7 @@ def onnx_graph(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes, *, t
         ExportError: the file cannot be read.
     """
     loaded = load_model(model)
-    with_shapes = _inferred(loaded)
+    with_shapes = infer_types(loaded)
     reader = _Reader(loaded)
     reader.read(loaded.graph, "", (), {})
     notes = [] if with_shapes else ["the types of inner values are not known: ONNX's shape inference refuses the model"]
@@ -58,31 +57,6 @@ def onnx_graph(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes, *, t
         name, reason = next(iter(reader.unread.items()))
         notes.append(f"the values of {len(reader.unread)} weights cannot be read; {name}: {reason}")
     return Graph(tuple(reader.nodes), title, tuple(notes))
-
-
-class _Listener(logging.Handler):
-    """Hears of a failure that the pass of onnx_ir tells the log alone, and keeps it out of the user's log."""
-
-    failed = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note a failed inference."""
-        self.failed = self.failed or record.exc_info is not None
-
-
-def _inferred(model: ir.Model) -> bool:
-    """Add the types of inner values where they can be told; return whether they can."""
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    logger, listener = logging.getLogger(ShapeInferencePass.__module__), _Listener()
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(listener)
-    try:
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    finally:
-        logger.propagate = propagate
-        logger.removeHandler(listener)
-    return not listener.failed
 
 
 class _Reader:
@@ -168,7 +142,7 @@ class _Reader:
     def _describe(
         self, node: ir.Node, identifier: str, outer_path: tuple[str, ...], made: Mapping[ir.Value, str]
     ) -> Node:
-        path = (*outer_path, *_groups(node))
+        path = (*outer_path, *scopes_of(node))
         names = _argument_names(node)
         read = [(names[i], value) for i, value in enumerate(node.inputs) if value is not None]
         edges = [Edge(made[value], argument, _type(value)) for argument, value in read if value in made]
@@ -187,7 +161,7 @@ class _Reader:
             outputs=tuple(_type(value) for value in node.outputs if value.name),
             attributes=tuple(_attributes(node)),
             weights=weights,
-            line=made_by.get("fxopt.source") or _line_in(made_by.get("pkg.torch.onnx.stack_trace", "")),
+            line=source_of(node),
             pass_name=made_by.get("fxopt.pass", ""),
             origins=(made_by.get("fxopt.node") or identifier,),
             values=self._values(node, weights),
@@ -278,21 +252,6 @@ def _constant_of(node: ir.Node) -> ir.TensorProtocol | None:
     return node.attributes["value"].as_tensor()
 
 
-def _groups(node: ir.Node) -> tuple[str, ...]:
-    """Return the names of the groups that the exporter knew a node to be in, the outermost first."""
-    props = node.metadata_props
-    if "fxopt.node" in props:
-        parts = [part for part in props.get("fxopt.module", "").split(".") if part]
-        return tuple(".".join(parts[: end + 1]) for end in range(len(parts)))
-    if scopes := props.get("pkg.torch.onnx.name_scopes"):
-        names = ast.literal_eval(scopes)
-        return tuple(str(name) for name in names[:-1] if name)
-    name = node.name or ""
-    if name.startswith("/"):
-        return tuple(part for part in name.split("/")[1:-1] if part)
-    return ()
-
-
 def _argument_names(node: ir.Node) -> list[str]:
     import onnx
 
@@ -362,15 +321,3 @@ def _attributes(node: ir.Node) -> list[tuple[str, str]]:
             held = attribute.value
             shown.append((name, ", ".join(map(str, held)) if isinstance(held, list | tuple) else str(held)))
     return shown
-
-
-def _line_in(trace: str) -> str:
-    """Return the user's frame of a stack trace: ``net.py:12, in forward: return self.fc(x)``."""
-    location = location_in(trace)
-    if location is None:
-        return ""
-    file, line, function = location
-    where = f"{file.replace(chr(92), '/').rpartition('/')[2]}:{line}, in {function}"
-    _, _, behind = trace.partition(f'"{file}", line {line}, in {function}')
-    text = behind.strip().partition("\n")[0].strip()
-    return f"{where}: {text}" if text and not text.startswith("File ") else where
