@@ -15,17 +15,17 @@ _SHOWN = 12  # lines of a printed report
 
 @dataclasses.dataclass(frozen=True)
 class NodeError:
-    """One value of the model against the same value of the graph.
+    """One value of the model against the right one.
 
     Attributes:
-        node: Name of the node that yields it in the graph.
+        node: Name of the node that yields it in the graph, or in the file that was compared with.
         target: Its operator.
         module: Path of the module that called it.
         source: The user's line.
         pass_name: The pass that made the node; empty if capture did.
         operators: The ONNX operators, or the kernel, that compute it from the values before it.
-        local: Error where ORT starts from PyTorch's values; None where the shapes differ.
-        total: Error where ORT starts from its own values; None where the shapes differ.
+        local: Error where the model starts from right values; None where the shapes differ.
+        total: Error where it starts from its own values; None where the shapes differ.
         problem: Why the local error is more than rounding; None if it is not.
     """
 
@@ -55,15 +55,18 @@ class NodeError:
 
 @dataclasses.dataclass(frozen=True)
 class BlameReport:
-    """All values that model and graph share, in the order in which they are computed.
+    """All values that the model shares with what it was compared with, in the order in which they are computed.
 
     Attributes:
         values: One entry for each.
         optimization: The level of ORT's optimizer that was looked at.
+        contract: What each value had to keep; empty if it was not judged, as the model is quantized and what it was
+            compared with is not.
     """
 
     values: tuple[NodeError, ...]
     optimization: str
+    contract: str = "ROUNDING"
 
     @property
     def guilty(self) -> tuple[NodeError, ...]:
@@ -97,18 +100,25 @@ class BlameReport:
             return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
         rows = [dataclasses.asdict(value) | {"inherited_share": value.inherited_share} for value in self.values]
-        return {"optimization": self.optimization, "values": plain(rows)}
+        return {"optimization": self.optimization, "contract": self.contract, "values": plain(rows)}
 
     def __str__(self) -> str:
         lines = [f"{len(self.values)} values compared, ORT optimizer {self.optimization!r}"]
         if self.guilty:
-            lines.append(f"{len(self.guilty)} nodes compute something else than they should, on inputs that are right:")
+            verb = "node computes" if len(self.guilty) == 1 else "nodes compute"
+            wanted = "they should" if len(self.guilty) > 1 else "it should"
+            lines.append(f"{len(self.guilty)} {verb} something else than {wanted}, on inputs that are right:")
             for value in self.guilty[:_SHOWN]:
                 lines += [f"  {value}", f"    {value.problem}; computed by {', '.join(value.operators)}"]
             if len(self.guilty) > _SHOWN:
                 lines.append(f"  and {len(self.guilty) - _SHOWN} more")
             return "\n".join(lines)
-        lines.append("every node computes what it should; the most of the noise comes from")
+        judged = (
+            "every node computes what it should"
+            if self.contract
+            else "nothing is judged without a contract: the model is quantized, what it is compared with is not"
+        )
+        lines.append(f"{judged}; the most of the noise comes from")
         ranked = sorted(self.values, key=lambda value: math.inf if value.local is None else value.local.sqnr_db)
         for value in ranked[: _SHOWN // 2]:
             if value.local is not None and value.total is not None and math.isfinite(value.local.sqnr_db):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import onnx_ir as ir
+import torch
 
+from fxopt.errors import ExportError, describe
+from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.finish import bodies_of
+from fxopt.export.session import Session
 
 __all__ = ["Slice", "Slicer", "sources"]
 
@@ -17,8 +21,8 @@ class Slice:
     """What computes one value.
 
     Attributes:
-        output: Name of the value.
-        inputs: Names of the values that it is computed from.
+        output: The value.
+        inputs: The values that it is computed from.
         nodes: The operators in between, in order.
         constants: Initializers that they read.
     """
@@ -27,6 +31,11 @@ class Slice:
     inputs: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
     constants: tuple[ir.Value, ...]
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The types of the operators."""
+        return tuple(node.op_type for node in self.nodes)
 
     def model(self, like: ir.Model) -> ir.Model:
         """Return the part as a model; ``like`` is the whole, which stays as it is."""
@@ -38,7 +47,48 @@ class Slice:
             opset_imports=like.graph.opset_imports,
             name="slice",
         )
-        return ir.Model(view.clone(), ir_version=like.ir_version)
+        part = ir.Model(view.clone(), ir_version=like.ir_version, functions=list(like.functions.values()))
+        try:
+            return ir.external_data.load_to_model(part)
+        except (OSError, ValueError) as error:
+            raise ExportError(describe("cannot read the weights of the model", because=str(error))) from error
+
+    def session(
+        self,
+        like: ir.Model,
+        held: Mapping[ir.Value, torch.Tensor],
+        *,
+        constant: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> Callable[[Mapping[ir.Value, torch.Tensor]], torch.Tensor]:
+        """Return what runs the part in ORT, its optimizer off.
+
+        Args:
+            like: The whole.
+            held: Tensors like those that the inputs will get, of which the types are read that the file leaves out.
+            constant: What to put in place of each floating-point initializer.
+        """
+        part = self.model(like)
+        for value, source in zip(part.graph.inputs, self.inputs, strict=True):
+            if value.type is None:
+                value.type = ir.TensorType(onnx_dtype(held[source].dtype))
+        for value in part.graph.initializers.values() if constant is not None else ():
+            _replace(value, constant)
+        session = Session(ir.to_proto(part).SerializeToString(), optimization="none")
+        names = {source: str(source.name) for source in self.inputs}
+
+        def run(inputs: Mapping[ir.Value, torch.Tensor]) -> torch.Tensor:
+            (result,) = session.run({name: inputs[source] for source, name in names.items()})
+            return result
+
+        return run
+
+
+def _replace(value: ir.Value, constant: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    tensor = value.const_value
+    if constant is None or tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+        return
+    changed = constant(torch.from_numpy(tensor.numpy().copy()))
+    value.const_value = ir.tensor(changed.numpy(), name=str(value.name))
 
 
 class Slicer:
@@ -47,10 +97,16 @@ class Slicer:
     def __init__(self, model: ir.Model, known: Collection[ir.Value]) -> None:
         """Args: model: left alone. known: values at which to cut; inputs of the model always are."""
         self._place = {node: place for place, node in enumerate(model.graph)}
-        self._known = frozenset(known) | frozenset(model.graph.inputs)
+        given = (value for value in model.graph.inputs if value.const_value is None)  # the others have a default
+        self._known = frozenset(known) | frozenset(given)
 
-    def of(self, value: ir.Value) -> Slice:
-        """Return what computes ``value`` from the nearest known values."""
+    def place(self, value: ir.Value) -> int:
+        """Return the position of the node that yields a value."""
+        producer = value.producer()
+        return -1 if producer is None else self._place[producer]
+
+    def of(self, value: ir.Value, *, inside: ir.Value | None = None) -> Slice:
+        """Return what computes ``value`` from the nearest known values; ``inside`` is not taken for known."""
         nodes: set[ir.Node] = set()
         inputs: dict[ir.Value, None] = {}
         constants: dict[ir.Value, None] = {}
@@ -63,7 +119,7 @@ class Slicer:
             nodes.add(node)
             for source in sources(node):
                 made_by = source.producer()
-                if source in self._known:
+                if source in self._known and source is not inside:
                     inputs[source] = None
                 elif made_by is not None:
                     waiting.append(made_by)

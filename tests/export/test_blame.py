@@ -84,7 +84,7 @@ def test_line_pass_and_operators_of_the_guilty_node_are_named(integer_graph):
     assert report.first.pass_name == "quantize"
     assert report.first.operators == (model.graph[fault.place].op_type,)
     assert "in forward: " in report.first.source
-    assert "1 nodes compute something else" in str(report)
+    assert "1 node computes something else" in str(report)
 
 
 def test_errors_behind_a_fault_are_inherited(float_graph):
