@@ -23,11 +23,12 @@ def distilled_student(
     *,
     losses: Sequence[DistillationLoss] = (ResponseLoss(),),
     labels: Any = None,
+    teacher: torch.nn.Module | Callable[..., Any] | None = None,
     dynamic_shapes: Any = None,
     calibration: Any = None,
     **options: Any,
 ) -> CapturedModule:
-    """Return a student that passes make of a model, merged with the model itself as the teacher.
+    """Return a student that passes make of a model, merged with the model itself, or another, as the teacher.
 
     The student has weights of its own; the teacher shares its weights with the model, which stays as it is.
 
@@ -37,6 +38,7 @@ def distilled_student(
         example_inputs: See :func:`fxopt.capture`.
         losses: See :class:`MergeTeacher`.
         labels: See :class:`MergeTeacher`.
+        teacher: Another teacher than the model, of the same inputs.
         dynamic_shapes: See :func:`fxopt.capture`.
         calibration: See :func:`fxopt.optimize`.
         options: Others of :class:`MergeTeacher`.
@@ -44,12 +46,12 @@ def distilled_student(
     Raises:
         FxoptError: the model cannot be captured, or a pass fails: nothing is left out.
     """
-    teacher = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    student = teacher.clone(copy_tensors=True)
+    graph = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    student = graph.clone(copy_tensors=True)
     if calibration is not None:
         student.calibration = calibration
     student = PassManager(passes, strict=True).run(student)
-    merge = MergeTeacher(teacher, losses, labels, **options)
+    merge = MergeTeacher(graph if teacher is None else teacher, losses, labels, **options)
     merged = PassManager([merge], strict=True).run(student)
     if student.report is not None and merged.report is not None:
         merged.report.steps[:0] = student.report.steps

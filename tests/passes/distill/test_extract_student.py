@@ -165,3 +165,15 @@ def test_one_call_makes_a_student_with_weights_of_its_own():
         p.data_ptr() for p in net.parameters()
     }
     assert isinstance(MergeTeacher(net, [ResponseLoss()]), passes.MergeTeacher)
+
+
+def test_another_net_may_be_the_teacher():
+    net, teacher = (each.eval() for each in pair())
+    x = images()
+    both = passes.distilled_student(
+        net, [], (x,), dynamic_shapes={"image": {0: "batch"}}, losses=[ResponseLoss()], labels=LABELS, teacher=teacher
+    )
+    direct = merged(captured(net, x), teacher, x, [ResponseLoss()])
+    assert torch.equal(both.eval()(x, LABELS)["loss"], direct.eval()(x, LABELS)["loss"])
+    theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
+    assert {p.data_ptr() for name, p in both.named_parameters() if name.startswith("teacher")} <= theirs
