@@ -173,7 +173,7 @@ def test_another_net_may_be_the_teacher():
     both = passes.distilled_student(
         net, [], (x,), dynamic_shapes={"image": {0: "batch"}}, losses=[ResponseLoss()], labels=LABELS, teacher=teacher
     )
-    direct = merged(captured(net, x), teacher, x, [ResponseLoss()])
+    direct = merged(captured(net, x), teacher, x, [ResponseLoss()], labels=LABELS)
     assert torch.equal(both.eval()(x, LABELS)["loss"], direct.eval()(x, LABELS)["loss"])
     theirs = {parameter.data_ptr() for parameter in teacher.parameters()}
     assert {p.data_ptr() for name, p in both.named_parameters() if name.startswith("teacher")} <= theirs
