@@ -12,6 +12,7 @@ from fxopt.export.emitter import Emitter, Value
 from fxopt.export.error_split import ErrorSplit, split_error
 from fxopt.export.files import OnnxFile
 from fxopt.export.layer_costs import layer_costs
+from fxopt.export.node_times import NodeTimes, node_times
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Session, optimized_model
@@ -28,6 +29,7 @@ __all__ = [
     "Emitter",
     "ErrorSplit",
     "NodeError",
+    "NodeTimes",
     "NotTranslated",
     "OnnxFile",
     "OrtBisectResult",
@@ -41,6 +43,7 @@ __all__ = [
     "blame",
     "coverage",
     "layer_costs",
+    "node_times",
     "optimized_model",
     "split_error",
     "to_onnx",

@@ -16,6 +16,7 @@ import torch
 from fxopt.errors import ExportError, describe
 from fxopt.export.coverage_table import Call, Shape
 from fxopt.export.files import OnnxFile, load_model, save_model
+from fxopt.export.finish import bodies_of
 from fxopt.export.origins import source_of
 from fxopt.export.session import Session
 
@@ -105,14 +106,16 @@ def profiled(
 
 
 def kernel_times(
-    path: Path, inputs: Sequence[torch.Tensor], runs: int, threads: int | None
+    model: OnnxFile | str | os.PathLike[str] | bytes, inputs: Inputs, runs: int, threads: int | None
 ) -> list[tuple[KernelRuns, list[float]]]:
-    """Return every kernel of a file with its time in each run, in seconds; one in a loop has the sum of its turns.
+    """Return every kernel of a model with its own time in each run, in seconds.
+
+    One in a loop has the sum of its turns; that of a branch or loop is without what runs in its bodies.
 
     The optimizer stops at level "extended", as for :func:`profiled`, so that each kernel is known by name.
     """
     with tempfile.TemporaryDirectory() as folder:
-        kernels, _, session = _profiling(load_model(path), Path(folder), threads)
+        kernels, _, session = _profiling(load_model(model), Path(folder), threads)
         try:
             for _ in range(runs + 1):  # the first one warms caches
                 session.run(inputs)
@@ -124,7 +127,19 @@ def kernel_times(
         for number, timed in _kernel_events([event]):
             times[number][run] += timed["dur"] / 1e6
         run += event["name"] == "model_run"  # stands behind its kernels
-    return list(zip(kernels, [each[1:] for each in times], strict=True))
+    own = _without_bodies(kernels, times)
+    return list(zip(kernels, [each[1:] for each in own], strict=True))
+
+
+def _without_bodies(kernels: Sequence[KernelRuns], times: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return the times of kernels that hold others without the times of these."""
+    place = {kernel.node: index for index, kernel in enumerate(kernels)}
+    own = [list(each) for each in times]
+    for index, kernel in enumerate(kernels):
+        bodies = [graph for attribute in kernel.node.attributes.values() for graph in bodies_of(attribute)]
+        for inner in (times[place[node]] for graph in bodies for node in graph):
+            own[index] = [max(0.0, a - b) for a, b in zip(own[index], inner, strict=True)]
+    return own
 
 
 def _profiling(

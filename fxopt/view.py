@@ -26,8 +26,8 @@ def view(
         path: Where to write; the suffix tells the format: ``.html``, ``.svg`` (by Graphviz), ``.dot`` or ``.json``.
         against: What to compare with, of any of these kinds: the page shows what is new, gone and changed.
         overlays: What nodes can be coloured by beside what the graph itself tells, by name: numbers or words by node,
-            ``{"time": {"conv2d": 0.7}}``; an ``fxopt.tools.viz.Overlay``, which has a unit; or a report of
-            :func:`fxopt.export.blame`.
+            ``{"mine": {"conv2d": 0.7}}``; an ``fxopt.tools.viz.Overlay``, which has a unit; a report of
+            :func:`fxopt.export.blame`; or the times of :func:`fxopt.export.node_times`.
         title: Of the page.
 
     Raises:

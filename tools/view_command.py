@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 import fxopt
 from fxopt.errors import describe
+from fxopt.export import NodeTimes, node_times, to_onnx
 from fxopt.export.files import check_target, load_model
 from fxopt.tools.console import BadInputError, Stages, as_bad_input, describe_bytes, print_json, stages, users_code
 from fxopt.tools.graph_source import captured
@@ -31,6 +33,7 @@ def view(
     ] = None,
     inputs: Inputs = None,
     dynamic: Dynamic = None,
+    time: Annotated[bool, typer.Option("--time", help="Measure each operator in ONNX Runtime, to colour by.")] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -47,12 +50,22 @@ def view(
         before = None if against is None else _graph(against, inputs, dynamic, progress)
         if manager is not None:
             shown = manager.run(shown)
+        overlays = {"time": _times(shown)} if time else None
         progress.begin("draw")
-        fxopt.view(shown, output, against=before, title=Path(model).name)
+        fxopt.view(shown, output, against=before, overlays=overlays, title=Path(model).name)
     if json:
         print_json({"ok": True, "model": model, "output": str(output), "bytes": output.stat().st_size})
     else:
         print(f"wrote {output}: {describe_bytes(output.stat().st_size)}")
+
+
+def _times(shown: Any) -> NodeTimes:
+    """Return the times of a file, or of the file that a graph becomes on its example inputs."""
+    if not isinstance(shown, fxopt.CapturedModule):
+        return node_times(shown)
+    leaves = shown.flatten_inputs(*shown.samples[0].args, **shown.samples[0].kwargs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return node_times(to_onnx(shown, validate=False), tensors)
 
 
 def _graph(text: str, inputs: str | None, dynamic: str | None, progress: Stages) -> Any:

@@ -72,3 +72,15 @@ def test_wrong_commands_end_with_status_2(folder, arguments, text):
     status, _, stderr = command(folder, *arguments)
     assert status == 2
     assert text in stderr
+
+
+@pytest.mark.ort
+def test_operators_are_measured_on_request(tmp_path):
+    path = tmp_path / "graph.json"
+    model = tmp_path / "net.onnx"
+    to_onnx(fxopt.capture(nn.Sequential(nn.Linear(3, 5), nn.ReLU()), (torch.randn(4, 3),)), model)
+    result = CliRunner().invoke(app, ["view", str(model), "-o", str(path), "--time"], prog_name="fxopt")
+    assert result.exit_code == 0, result.stderr
+    content = json.loads(path.read_text())
+    assert content["overlays"]["time"]["unit"] == "ms"
+    assert any("time" in record["values"] for record in content["records"])

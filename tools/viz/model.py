@@ -127,12 +127,14 @@ class Overlay:
         unit: Of the numbers: ``"ms"``, ``"dB"``.
         combine: What a group shows of the numbers inside it.
         low_is_bad: Whether low numbers are the striking ones, as in a signal to noise ratio.
+        partial: Whether some of the names may be those of no node, as where a file has more operators than its graph.
     """
 
     values: Mapping[str, Number | str]
     unit: str = ""
     combine: Combine = "max"
     low_is_bad: bool = False
+    partial: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.

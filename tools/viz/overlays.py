@@ -9,6 +9,7 @@ from typing import Any
 
 from fxopt.errors import describe
 from fxopt.export.blame_report import BlameReport
+from fxopt.export.node_times import NodeTimes
 from fxopt.tools.viz.model import Graph, Node, Number, Overlay
 
 __all__ = ["BUILT_IN", "read_overlays", "with_overlays"]
@@ -30,7 +31,7 @@ def read_overlays(given: Mapping[str, Any] | None) -> dict[str, Overlay]:
     Args:
         given: By name, an :class:`Overlay`, a dictionary of numbers or words by node, or a report of
             :func:`fxopt.export.blame`, which becomes two: what each node adds, and what has come together at it. A
-            value that ORT computes exactly has no number there.
+            value that ORT computes exactly has no number there. :class:`fxopt.export.NodeTimes` become milliseconds.
 
     Raises:
         TypeError: one is something else.
@@ -45,7 +46,9 @@ def read_overlays(given: Mapping[str, Any] | None) -> dict[str, Overlay]:
                 rows = {row.node: getattr(row, part) for row in item.values if getattr(row, part) is not None}
                 numbers = {node: error.sqnr_db for node, error in rows.items() if math.isfinite(error.sqnr_db)}
                 if numbers:
-                    found[f"{name}: {part}"] = Overlay(numbers, unit="dB", combine="min", low_is_bad=True)
+                    found[f"{name}: {part}"] = Overlay(numbers, unit="dB", combine="min", low_is_bad=True, partial=True)
+        elif isinstance(item, NodeTimes):
+            found[name] = Overlay(item.ms, unit="ms", combine="sum", partial=True)
         elif isinstance(item, Overlay):
             found[name] = item
         elif isinstance(item, Mapping):
@@ -59,11 +62,12 @@ def with_overlays(graph: Graph, overlays: Mapping[str, Overlay]) -> Graph:
     """Return the graph, each node with its values.
 
     Raises:
-        ValueError: a name in an overlay is that of no node.
+        ValueError: a name in an overlay is that of no node; of one that may be partial, all are.
     """
     known = {key for node in graph.nodes for key in (node.id, *node.origins)}
     for name, overlay in overlays.items():
-        if strange := [key for key in overlay.values if key not in known]:
+        strange = [key for key in overlay.values if key not in known]
+        if strange and not (overlay.partial and len(strange) < len(overlay.values)):
             raise ValueError(
                 describe(
                     f"overlay {name!r} has values for what is no node of the graph",
