@@ -12,6 +12,8 @@ from fxopt.export.emitter import Emitter, Value
 from fxopt.export.error_split import ErrorSplit, split_error
 from fxopt.export.files import OnnxFile
 from fxopt.export.layer_costs import layer_costs
+from fxopt.export.ledger import ledger
+from fxopt.export.ledger_report import Ledger, LedgerEntry
 from fxopt.export.node_times import NodeTimes, node_times
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.report import OutputResult, ValidationReport
@@ -28,6 +30,8 @@ __all__ = [
     "CoverageReport",
     "Emitter",
     "ErrorSplit",
+    "Ledger",
+    "LedgerEntry",
     "NodeError",
     "NodeTimes",
     "NotTranslated",
@@ -43,6 +47,7 @@ __all__ = [
     "blame",
     "coverage",
     "layer_costs",
+    "ledger",
     "node_times",
     "optimized_model",
     "split_error",

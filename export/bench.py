@@ -18,8 +18,9 @@ import torch
 from fxopt.errors import ExportError, describe
 from fxopt.export.coverage_run import Inputs, drawn_inputs, kernel_times
 from fxopt.export.session import Session
+from fxopt.report import text_table
 
-__all__ = ["BenchReport", "FileTimes", "LineTime", "bench"]
+__all__ = ["BenchReport", "FileTimes", "LineTime", "bench", "file_bytes", "in_turn", "median_speed"]
 
 _WARM_UP = 5
 
@@ -95,10 +96,8 @@ class BenchReport:
 
     def __str__(self) -> str:
         header = ("file", "median ms", "p95 ms", "rows/s", "speed", "load ms", "peak MiB", "file MiB")
-        rows = [header, *(each.row() for each in self.files)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         text = [f"{self.runs} runs in turn, threads: {self.threads or 'as ORT chooses'}"]
-        text += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        text += text_table([header, *(each.row() for each in self.files)])
         for each, lines in zip(self.files, self.lines, strict=True):
             text.append(f"{each.file} by line:")
             text += [f"  {line.share:6.1%}  {line.ms:8.3f} ms  {line.source or '(no line)'}" for line in lines[:10]]
@@ -145,7 +144,7 @@ def bench(
     for path, session in zip(paths, sessions, strict=True):
         _check_inputs(path, session, sessions[0])
         session.run(given)  # what cannot run fails here, with its own message
-    times = _in_turn(sessions, given, runs)
+    times = in_turn(sessions, [session.values(given) for session in sessions], runs)
     rows = given[0].shape[0] if given and given[0].ndim else 1
     found = []
     for path, each, load in zip(paths, times, loads, strict=True):
@@ -156,10 +155,10 @@ def bench(
                 median_ms=median * 1e3,
                 p95_ms=sorted(each)[min(len(each) - 1, int(0.95 * len(each)))] * 1e3,
                 per_second=rows / median,
-                speed=statistics.median(first / own for first, own in zip(times[0], each, strict=True)),
+                speed=median_speed(times[0], each),
                 load_ms=load,
                 peak_mib=_peak_mib(path, given, threads) if memory else None,
-                file_mib=_bytes(path) / 2**20,
+                file_mib=file_bytes(path) / 2**20,
             )
         )
     lines = tuple(_lines(path, given, min(runs, 20), threads) for path in paths)
@@ -180,9 +179,14 @@ def _check_inputs(path: Path, session: Session, first: Session) -> None:
         )
 
 
-def _in_turn(sessions: Sequence[Session], given: Sequence[torch.Tensor], runs: int) -> list[list[float]]:
-    """Return the seconds of each run of each session: of ORT's own call, not of turning tensors into its values."""
-    feeds = [session.values(given) for session in sessions]
+def in_turn(sessions: Sequence[Session], feeds: Sequence[Mapping[str, Any]], runs: int) -> list[list[float]]:
+    """Return the seconds of each run of each session: of ORT's own call, not of turning tensors into its values.
+
+    Args:
+        sessions: What to run, in an order that changes with each run.
+        feeds: The values of each session's inputs by name, as :meth:`Session.values` returns them.
+        runs: Runs of each, beside those that warm up.
+    """
     times: list[list[float]] = [[] for _ in sessions]
     for index in range(runs + _WARM_UP):
         for place in range(len(sessions)):
@@ -192,6 +196,11 @@ def _in_turn(sessions: Sequence[Session], given: Sequence[torch.Tensor], runs: i
             session.ort.run_with_ort_values(list(session.output_names), feeds[which])
             times[which].append(time.perf_counter() - started)
     return [each[_WARM_UP:] for each in times]
+
+
+def median_speed(first: Sequence[float], own: Sequence[float]) -> float:
+    """Return how many times as fast as the first of two the second is: the median over pairs of runs in turn."""
+    return statistics.median(a / b for a, b in zip(first, own, strict=True))
 
 
 def _lines(path: Path, given: Sequence[torch.Tensor], runs: int, threads: int | None) -> tuple[LineTime, ...]:
@@ -208,7 +217,8 @@ def _lines(path: Path, given: Sequence[torch.Tensor], runs: int, threads: int | 
     return tuple(sorted(found, key=lambda each: -each.ms))
 
 
-def _bytes(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Return the bytes of a model, the file of its weights included."""
     weights = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 

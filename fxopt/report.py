@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fxopt.changes import Change, Skip
@@ -106,7 +107,7 @@ class Report:
         """Return the report as plain values, fit for JSON; infinities become text."""
         plain = dataclasses.asdict(dataclasses.replace(self, graphs=[]))
         del plain["graphs"]
-        return _finite(plain)  # type: ignore[no-any-return]  # a dict in, a dict out
+        return finite_values(plain)  # type: ignore[no-any-return]  # a dict in, a dict out
 
     def to_json(self) -> str:
         """Return the report as JSON."""
@@ -121,9 +122,7 @@ class Report:
         if not self.steps:
             return "no pass was run"
         header = ("pass", "status", "changes", "skips", "nodes", "bytes", "ms", "check ms", "contract", "worst error")
-        rows = [header, *(_row(step) for step in self.steps)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = text_table([header, *(_row(step) for step in self.steps)])
         for step in self.steps:
             lines += [
                 f"  {step.name}: undone {_sites(undone)}\n    " + undone.why.replace("\n", "\n    ")
@@ -175,11 +174,21 @@ def _sites(undone: RolledBack) -> str:
     return "at " + ", ".join(undone.sites) if undone.sites else "as a whole"
 
 
-def _finite(value: Any) -> Any:
+def text_table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return rows of equal length as lines whose columns stand below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def finite_values(value: Any) -> Any:
+    """Return plain values as JSON can hold them: infinities and NaN become text, tuples lists."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite_values(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+__all__ += ["finite_values", "text_table"]

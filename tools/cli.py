@@ -32,7 +32,7 @@ from fxopt.tools.command_group import Commands
 from fxopt.tools.console import BadInputError, as_bad_input, describe_bytes, print_json, stages, users_code
 from fxopt.tools.fault_commands import bisect, blame
 from fxopt.tools.graph_source import captured
-from fxopt.tools.job import Job
+from fxopt.tools.job import Job, LedgerJob
 from fxopt.tools.options import (
     MODEL_HELP,
     Calibration,
@@ -41,6 +41,8 @@ from fxopt.tools.options import (
     File,
     Inputs,
     Json,
+    Ledger,
+    Metric,
     Model,
     Passes,
     Size,
@@ -101,27 +103,36 @@ def optimize(
     check: Annotated[_Check, typer.Option(help="Runs that check the passes.")] = _Check.ALL,
     train: Annotated[bool, typer.Option("--train", help="Keep the graph in train mode; for .fxopt only.")] = False,
     no_validate: Annotated[bool, typer.Option("--no-validate", help="Do not compare with ONNX Runtime.")] = False,
+    ledger: Ledger = None,
+    metric: Metric = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Capture a model, run passes over it, write ONNX or a graph."""
     started = time.perf_counter()
-    with users_code(debug=debug), stages(3, quiet=json or debug) as progress:
+    with users_code(debug=debug), stages(3 + (ledger is not None), quiet=json or debug) as progress:
         _check_output(output, opset=opset, train=train, no_validate=no_validate)
+        book = LedgerJob.of(ledger, metric, train=train)
         job = Job(model, passes, inputs, dynamic, calibration or ())
-        gm = job.optimized(progress, strict=strict, check=check.value, train=train)
+        gm = job.optimized(progress, strict=strict, check=check.value, train=train, keep_graphs=book is not None)
         progress.begin("write" if no_validate or output.suffix == ".fxopt" else "write and validate")
         written = None
         if output.suffix == ".onnx":
             written = to_onnx(gm, output, opset=opset or DEFAULT_OPSET, validate=not no_validate)
         else:
             fxopt.save(gm, output)
+        if book is not None:
+            progress.begin("measure every step")
+            book.write(gm)
     if json:
-        print_json(_optimized(model, output, gm, written) | {"seconds": round(time.perf_counter() - started, 3)})
+        told = {"ledger": None if ledger is None else str(ledger), "seconds": round(time.perf_counter() - started, 3)}
+        print_json(_optimized(model, output, gm, written) | told)
         return
     assert gm.report is not None
     print_report(gm.report)
     print(f"wrote {output}: {describe_bytes(_size(output))}")
+    if ledger is not None:
+        print(f"wrote {ledger}: what each step cost and brought")
     if written is not None and written.validation is not None:
         print(f"ONNX Runtime agrees: {written.validation}")
 

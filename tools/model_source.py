@@ -10,7 +10,7 @@ import inspect
 import sys
 import traceback
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,9 +21,10 @@ import fxopt
 from fxopt.errors import describe
 from fxopt.tools.console import BadInputError, as_bad_input
 
-__all__ = ["load_model"]
+__all__ = ["explained", "load_function", "load_model"]
 
 _FORMS = "net.py:Net, package.module:make, a .pt2 of torch.export, or a graph that fxopt saved"
+_FUNCTION = "net.py:score or package.module:score"
 _SAVED = (".pt2", ".fxopt")
 
 
@@ -46,6 +47,21 @@ def load_model(text: str) -> Any:
     found = _look_up(module, name, text)
     torch.manual_seed(0)
     return _made(found, text)
+
+
+def load_function(text: str) -> Callable[..., Any]:
+    """Return the function that ``text`` names as a model is named.
+
+    Raises:
+        BadInputError: there is no such function.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise BadInputError(describe(f"{text!r} names no function", wanted=_FUNCTION))
+    found = _look_up(_module(place, _FUNCTION), name, text)
+    if not callable(found):
+        raise BadInputError(describe(f"{text} is not a function, but a value of type {type(found).__name__}"))
+    return found  # type: ignore[no-any-return]  # callable, as was just seen
 
 
 def _from_file(text: str) -> Any:
@@ -92,14 +108,14 @@ def _is_exported_program(path: Path) -> bool:
         return False
 
 
-def _module(place: str) -> ModuleType:
+def _module(place: str, wanted: str = _FORMS) -> ModuleType:
     is_file = place.endswith(".py")
     path = Path(place)
     if is_file and not path.is_file():
-        raise BadInputError(describe(f"there is no file {place}", wanted=_FORMS))
+        raise BadInputError(describe(f"there is no file {place}", wanted=wanted))
     if not is_file and ("/" in place or (path.exists() and path.is_file())):
         raise BadInputError(
-            describe(f"{place} is not a Python file, so that nothing in it can be named", wanted=_FORMS)
+            describe(f"{place} is not a Python file, so that nothing in it can be named", wanted=wanted)
         )
     folder = str(path.resolve().parent) if is_file else str(Path.cwd())
     if folder not in sys.path:
@@ -110,10 +126,10 @@ def _module(place: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and not is_file and place.startswith(str(error.name)):
             raise BadInputError(
                 describe(
-                    f"there is no module {error.name!r}", wanted=_FORMS, searched=f"{folder} and the installed packages"
+                    f"there is no module {error.name!r}", wanted=wanted, searched=f"{folder} and the installed packages"
                 )
             ) from error
-        raise BadInputError(_explained(f"importing {place} fails", error, place)) from error
+        raise BadInputError(explained(f"importing {place} fails", error, place)) from error
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -199,7 +215,7 @@ def _made(found: Any, text: str) -> Any:
     try:
         made = found()
     except (Exception, SystemExit) as error:
-        raise BadInputError(_explained(f"making the model fails: {text}()", error, text.rpartition(":")[0])) from error
+        raise BadInputError(explained(f"making the model fails: {text}()", error, text.rpartition(":")[0])) from error
     if not isinstance(made, models) and not (callable(made) and not isinstance(made, type)):
         raise BadInputError(
             describe(
@@ -218,7 +234,7 @@ def _needed_parameters(function: Any) -> list[str]:
     return [item.name for item in parameters if item.default is item.empty and item.kind not in variadic]
 
 
-def _explained(headline: str, error: BaseException, place: str) -> str:
+def explained(headline: str, error: BaseException, place: str) -> str:
     """Return the error that the user's own code raised, with the user's line."""
     if isinstance(error, SyntaxError) and error.filename:
         at = f"{Path(error.filename).name}:{error.lineno}: {(error.text or '').strip()}"

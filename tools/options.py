@@ -13,8 +13,8 @@ from fxopt.export import Session
 from fxopt.tools.console import BadInputError, as_bad_input
 
 __all__ = [
-    "MODEL_HELP", "Calibration", "Debug", "Dynamic", "File", "Inputs", "Json", "Level", "Model", "Passes", "Size",
-    "check_file", "parse_sizes",
+    "MODEL_HELP", "Calibration", "Debug", "Dynamic", "File", "Inputs", "Json", "Ledger", "Level", "Metric", "Model",
+    "Passes", "Size", "check_file", "parse_sizes",
 ]  # fmt: skip
 
 _INPUTS_HELP = 'Example inputs: "f32[batch,3,224,224]", "ids=i64[batch,seq<512]{0..999}", or an .npy, .npz, .pt file.'
@@ -34,6 +34,8 @@ Calibration = Annotated[
 Dynamic = Annotated[
     str | None, typer.Option(metavar="AXES", help='Dynamic sizes of inputs from files: "0:0=batch; ids:1=seq<512".')
 ]
+Ledger = Annotated[Path | None, typer.Option(metavar="FILE", help="Measure every step into an .html or .json file.")]
+Metric = Annotated[str | None, typer.Option(metavar="FUNCTION", help="Score every step: net.py:score, for --ledger.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")]
 

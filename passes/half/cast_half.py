@@ -21,6 +21,7 @@ from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.interface import Interface
 from fxopt.manager import tensor_bytes
+from fxopt.metric import Metric
 from fxopt.pass_base import LossyPass, Pass, run_passes
 from fxopt.passes.cleanup import (
     FoldBatchNorm,
@@ -36,7 +37,6 @@ from fxopt.passes.half.emulate import ACCUMULATE, Accumulate
 from fxopt.passes.half.operators import half_candidates
 from fxopt.passes.half.plan import PrecisionPlan, dtype_name, half_dtype
 from fxopt.passes.half.planning import Found, Goal, Planner
-from fxopt.passes.quantize.metric import Metric
 from fxopt.rewriter import Rewriter
 
 __all__ = ["CastHalf"]

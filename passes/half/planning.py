@@ -23,6 +23,7 @@ from torch._ops import OpOverload
 from fxopt.args import module_path, source_line
 from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.graph_module import graph_modules
+from fxopt.metric import Metric, measured
 from fxopt.name_patterns import names_fitting
 from fxopt.numerics import measure
 from fxopt.passes.half.apply import apply_plan
@@ -32,7 +33,6 @@ from fxopt.passes.half.integers import Whole, exact_limit, whole_numbers
 from fxopt.passes.half.noise import NOISE_SAMPLES, Measured, Settings, measure_noise
 from fxopt.passes.half.operators import base_name, half_candidates, is_float, takes_numbers
 from fxopt.passes.half.plan import PrecisionPlan, dtype_name
-from fxopt.passes.quantize.metric import Metric, measured
 from fxopt.rewriter import Rewriter
 
 __all__ = ["Found", "Goal", "Planner", "labels_of"]

@@ -24,12 +24,12 @@ from fxopt.args import module_path
 from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.metric import Metric, measured
 from fxopt.passes.quantize.correct_bias import channel_means, corrections, shift_biases
 from fxopt.passes.quantize.costs import FLOAT, Costs, Width, WidthTable, macs_of, weight_elements
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.layout import Layout
 from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
-from fxopt.passes.quantize.metric import Metric, measured
 from fxopt.passes.quantize.placement import Site, integer_sites, path_of, place
 from fxopt.passes.quantize.recipe import Candidate
 from fxopt.passes.quantize.resolve import resolve, resolve_weights
