@@ -17,10 +17,11 @@ import torch
 
 from fxopt.errors import ExportError, describe
 from fxopt.export.coverage_run import Inputs, drawn_inputs, kernel_times
+from fxopt.export.files import file_bytes
 from fxopt.export.session import Session
 from fxopt.report import text_table
 
-__all__ = ["BenchReport", "FileTimes", "LineTime", "bench", "file_bytes", "in_turn", "median_speed"]
+__all__ = ["BenchReport", "FileTimes", "LineTime", "bench", "in_turn", "median_speed"]
 
 _WARM_UP = 5
 
@@ -215,12 +216,6 @@ def _lines(path: Path, given: Sequence[torch.Tensor], runs: int, threads: int | 
     whole = sum(medians.values()) or 1.0
     found = [LineTime(line, ms * 1e3, ms / whole, kernels[line]) for line, ms in medians.items()]
     return tuple(sorted(found, key=lambda each: -each.ms))
-
-
-def file_bytes(path: Path) -> int:
-    """Return the bytes of a model, the file of its weights included."""
-    weights = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (weights.stat().st_size if weights.exists() else 0)
 
 
 def _peak_mib(path: Path, given: Sequence[torch.Tensor], threads: int | None) -> float:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fxopt.export.session import Session
     from fxopt.export.validate import ValidationReport
 
-__all__ = ["ExternalData", "OnnxFile", "check_target", "load_model", "save_model"]
+__all__ = ["ExternalData", "OnnxFile", "check_target", "file_bytes", "load_model", "save_model"]
 
 ExternalData = Literal["auto", "always", "never"]
 _LARGEST_FILE = 2**31 - 2**24  # protobuf's limit of 2 GiB, with room for the graph itself
@@ -134,6 +134,22 @@ def load_model(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes) -> i
         return ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
     except Exception as error:  # protobuf raises a class of its own, which has no type stubs
         raise ExportError(describe("cannot read the model", because=str(error))) from error
+
+
+def file_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the bytes of a model, all files of its weights included.
+
+    Raises:
+        ExportError: a file cannot be read.
+    """
+    model = load_model(path)
+    graphs = [model.graph, *(body for body in model.graph.subgraphs())]
+    held = (value.const_value for graph in graphs for value in graph.initializers.values())
+    places = {tensor.path for tensor in held if isinstance(tensor, ir.ExternalTensor)}
+    try:
+        return sum(Path(each).stat().st_size for each in (path, *places))
+    except OSError as error:
+        raise ExportError(describe(f"cannot read {path}", because=str(error))) from error
 
 
 def save_model(model: ir.Model, path: Path) -> Path:

@@ -22,8 +22,9 @@ from fxopt.checks import fingerprint
 from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
 from fxopt.errors import FxoptError, describe
-from fxopt.export.bench import file_bytes, in_turn, median_speed
+from fxopt.export.bench import in_turn, median_speed
 from fxopt.export.coverage import coverage as measure_coverage
+from fxopt.export.files import file_bytes
 from fxopt.export.ledger_model import OrtModel
 from fxopt.export.ledger_report import Ledger, LedgerEntry, StageNumbers
 from fxopt.export.session import Session

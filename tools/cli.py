@@ -21,7 +21,7 @@ from fxopt.errors import describe
 from fxopt.export import OnnxFile, ValidationReport, to_onnx
 from fxopt.export import coverage as measure_coverage
 from fxopt.export import validate as compare
-from fxopt.export.files import check_target
+from fxopt.export.files import check_target, file_bytes
 from fxopt.export.to_onnx import DEFAULT_OPSET, OPSETS
 from fxopt.input_spec import parse_inputs
 from fxopt.passes import DEFAULT, profile_branches
@@ -181,9 +181,7 @@ def _optimized(model: str, output: Path, gm: fxopt.CapturedModule, written: Onnx
 
 
 def _size(output: Path) -> int:
-    """Return the bytes of a written model, its file of weights included."""
-    weights = output.with_name(f"{output.name}.data")
-    return output.stat().st_size + (weights.stat().st_size if output.suffix == ".onnx" and weights.exists() else 0)
+    return file_bytes(output) if output.suffix == ".onnx" else output.stat().st_size
 
 
 @app.command()

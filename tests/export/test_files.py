@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import fxopt
+from fxopt.errors import ExportError
 from fxopt.export import to_onnx
+from fxopt.export.files import file_bytes
 from tests.export.proof import captured
 
 pytestmark = pytest.mark.ort
@@ -90,3 +92,28 @@ def test_save_again_elsewhere(tmp_path):
     assert saved.path == tmp_path / "copy.onnx"
     assert saved.validation is file.validation
     assert saved.path.read_bytes() == file.to_bytes()
+
+
+def test_bytes_of_a_model_are_those_of_all_its_files(tmp_path):
+    whole = to_onnx(graph(), tmp_path / "whole.onnx")
+    assert file_bytes(whole.path) == os.path.getsize(whole.path)
+    model = onnx.load(whole.path)
+    onnx.save(
+        model, tmp_path / "parts.onnx", save_as_external_data=True, all_tensors_to_one_file=False, size_threshold=0
+    )
+    parts = [name for name in os.listdir(tmp_path) if name != "whole.onnx"]
+    assert len(parts) > 3
+    assert file_bytes(tmp_path / "parts.onnx") == sum(os.path.getsize(tmp_path / name) for name in parts)
+
+
+def test_bytes_do_not_count_a_file_that_just_lies_beside(tmp_path):
+    file = to_onnx(graph(), tmp_path / "net.onnx")
+    (tmp_path / "net.onnx.data").write_bytes(b"of an earlier run")
+    assert file_bytes(file.path) == os.path.getsize(file.path)
+
+
+def test_bytes_of_a_model_whose_weights_are_gone_are_refused(tmp_path):
+    to_onnx(graph(), tmp_path / "net.onnx", external_data="always")
+    (tmp_path / "net.onnx.data").unlink()
+    with pytest.raises(ExportError, match="cannot read"):
+        file_bytes(tmp_path / "net.onnx")
