@@ -9,6 +9,7 @@ of the check, besides one at each end and one with the guilty rewrite alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from fxopt.errors import FxoptError, PassError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.judge import Judge
 from fxopt.pass_base import Pass
+from fxopt.reduce import Reduced, reduce
 from fxopt.registry import resolve_all
-from fxopt.serialize import save
+from fxopt.repro import write_repro
 
 __all__ = ["BisectResult", "Check", "bisect"]
 
@@ -47,6 +49,7 @@ class BisectResult:
         reason: What the check said of ``after``.
         rewrites: Number of rewrites of all passes.
         runs: Number of runs of the check.
+        contract: What the check was, if it was a contract.
     """
 
     item: Pass
@@ -59,6 +62,7 @@ class BisectResult:
     reason: str
     rewrites: int
     runs: int
+    contract: Contract | None = None
 
     def __str__(self) -> str:
         where = f"at {self.site}" if self.site else "as a whole"
@@ -72,41 +76,39 @@ class BisectResult:
         lines.append(f"found among {self.rewrites} rewrites in {self.runs} runs of the check")
         return "\n".join(lines)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write what reproduces it to a folder, which is made: both graphs, the inputs, and a script; return its path.
+    @functools.cached_property
+    def reduced(self) -> Reduced:
+        """Both graphs, cut down to the part in which they differ; see :func:`fxopt.reduce.reduce`."""
+        return reduce(self.before, self.after, self.contract, one_place=bool(self.site))
+
+    def save(self, folder: str | Path, *, whole: bool = False) -> Path:
+        """Write what reproduces it to a folder, which is made; return the path of its script.
+
+        The graphs are there twice, for fxopt (``before.fxopt``) and for torch alone (``before.pt2``), beside
+        ``inputs.pt`` and ``repro.py``, which ends with status 1 if the graphs differ by more than the contract allows.
+
+        Args:
+            folder: Where to.
+            whole: Write the whole graphs instead of the part in which they differ.
 
         Raises:
             OSError: the folder cannot be written.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save(self.before, folder / "before.fxopt")
-        save(self.after, folder / "after.fxopt")
-        torch.save([(sample.args, dict(sample.kwargs)) for sample in self.before.samples], folder / "inputs.pt")
-        (folder / "repro.py").write_text(_SCRIPT.format(headline="\n".join(str(self).splitlines()[:4])))
-        return folder / "repro.py"
-
-
-_SCRIPT = '''"""{headline}
-
-before.fxopt is the graph before this rewrite, after.fxopt the graph after it; nothing else differs.
-"""
-
-from pathlib import Path
-
-import torch
-
-import fxopt
-from fxopt.numerics import measure
-
-here = Path(__file__).parent
-before, after = (fxopt.load(here / name) for name in ("before.fxopt", "after.fxopt"))
-with torch.no_grad():
-    for args, kwargs in torch.load(here / "inputs.pt"):
-        pairs = zip(before.output_names, before.flat_outputs(*args, **kwargs), after.flat_outputs(*args, **kwargs))
-        for name, want, got in pairs:
-            print(name, measure(want, got) if isinstance(want, torch.Tensor) else (want, got))
-'''
+        pair = self.reduced.uncut() if whole else self.reduced
+        return write_repro(
+            folder,
+            pair,
+            f"{self.item.spec()} breaks a check.",
+            {
+                "pass": f"{self.item.spec()} (step {self.step + 1})",
+                "site": self.site or "(the pass as a whole)",
+                "source": next((change.source for change in self.changes if change.source), "unknown"),
+                "reason": self.reason,
+                "left": f"{pair.size()}" + (f", which compute {pair.value}" if pair.value else ""),
+                "shows": pair.problem or None,
+                "note": pair.note or None,
+            },
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +158,7 @@ def bisect(
         gm = gm.clone()
         gm.calibration = calibration
     stages = _stages(gm, items)
+    check = Contract.ROUNDING if check is None else check
     runs = _Runs(_check_of(gm, check))
     if (problem := runs.problem(gm)) is not None:
         raise PassError(
@@ -180,7 +183,8 @@ def bisect(
         middle = (good + bad) // 2
         found = runs.problem_at(line[middle])
         good, bad, reason = (middle, bad, reason) if found is None else (good, middle, found)
-    return _result(line[bad], reason, runs, len(line))
+    result = _result(line[bad], reason, runs, len(line))
+    return dataclasses.replace(result, contract=check if isinstance(check, Contract) else None)
 
 
 def _stages(gm: CapturedModule, items: Iterable[Pass]) -> list[_Stage]:
@@ -246,10 +250,10 @@ class _Runs:
         return self.problem(graph)
 
 
-def _check_of(gm: CapturedModule, check: Check | Contract | None) -> Callable[[CapturedModule], str | None]:
-    if check is None or isinstance(check, Contract):
-        contract, judge = check or Contract.ROUNDING, Judge(gm, "all")
-        return lambda candidate: judge.judge(candidate, contract, evaluation_only=False)[0]
+def _check_of(gm: CapturedModule, check: Check | Contract) -> Callable[[CapturedModule], str | None]:
+    if isinstance(check, Contract):
+        judge = Judge(gm, "all")
+        return lambda candidate: judge.judge(candidate, check, evaluation_only=False)[0]
 
     def problem(candidate: CapturedModule) -> str | None:
         try:

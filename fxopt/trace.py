@@ -66,7 +66,7 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
 
     def program() -> torch.export.ExportedProgram:
         reads.clear()
-        with _quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
+        with quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
             return torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
 
     exported, sites = _exported(model, program)
@@ -282,7 +282,8 @@ def _attribute(root: torch.nn.Module, path: str) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Export without what torch prints and warns of besides the error that it raises."""
     shapes_log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = shapes_log.level
     # On a data-dependent branch torch prints the graph so far; the error that is raised says it in a few lines.

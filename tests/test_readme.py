@@ -32,6 +32,7 @@ BRANCH_NET_CODE, BRANCH_CODE = python_below("Python that branches on values")
 (DISTILLING_CODE,) = python_below("Students and teachers")
 (HALF_CODE,) = python_below("Half precision")
 (FAULT_CODE,) = python_below("Where it goes wrong")
+(LEDGER_CODE,) = python_below("How to read the report")
 (MIXED_CODE,) = python_below("Training in half precision")
 TRAIN_CODE, SHARD_CODE = python_below("Training on many machines")
 (COMMANDS,) = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -169,6 +170,15 @@ def test_fault_example_blames_bisects_and_bundles(folder, capsys):
     assert "integers.onnx by line:" in said
     assert "bundle is intact, and ONNX Runtime agrees" in said
     assert (folder / "repro" / "repro.py").exists()
+
+
+@pytest.mark.ort
+def test_ledger_example_measures_every_step(folder, capsys):
+    captured, folded, integers = (entry.numbers for entry in ran(LEDGER_CODE)["book"].entries)
+    assert (captured.integer_share, folded.integer_share, integers.integer_share) == (0.0, 0.0, 1.0)
+    assert captured.score == folded.score == 1.0
+    assert "quantize" in capsys.readouterr().out
+    assert "<svg" in (folder / "ledger.html").read_text()
 
 
 @pytest.mark.ort

@@ -138,9 +138,12 @@ def test_a_pass_that_cannot_be_divided_is_named_as_a_whole():
 def test_what_reproduces_it_runs_by_itself(tmp_path, capsys):
     gm = captured(4)
     script = fxopt.bisect(gm, [Clamp(wrong=names(gm, aten.relu.default)[1])]).save(tmp_path / "repro")
-    runpy.run_path(str(script))
-    assert "max_abs=" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        runpy.run_path(str(script))
+    assert "max_abs=999.75" in capsys.readouterr().out
     assert "clamp{wrong=" in script.read_text()
+    made = {"before.fxopt", "after.fxopt", "before.pt2", "after.pt2", "inputs.pt", "repro.py"}
+    assert {path.name for path in script.parent.iterdir()} == made
 
 
 def test_nothing_to_find_is_refused():

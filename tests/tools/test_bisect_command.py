@@ -2,13 +2,17 @@
 
 import json
 
+import numpy
+import onnxruntime as ort
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
 import fxopt
+from fxopt.errors import ExportError
 from fxopt.export import to_onnx
+from fxopt.tools import fault_commands
 from fxopt.tools.cli import app
 
 pytestmark = pytest.mark.ort
@@ -36,9 +40,40 @@ def test_the_first_rewrite_that_is_not_rounding_is_named(folder, tmp_path):
     status, stdout, _ = command(folder / "net.fxopt", "-p", list_of_passes, "-o", tmp_path / "repro")
     assert status == 0
     assert "binarize-weights{min_sqnr_db=-60.0} (step 2) at linear_1 breaks the check" in stdout
-    assert {"before.fxopt", "after.fxopt", "after.onnx", "inputs.pt", "repro.py"} <= {
-        each.name for each in (tmp_path / "repro").iterdir()
-    }
+    files = "before.fxopt, after.fxopt, before.pt2, after.pt2, before.onnx, after.onnx, inputs.pt, repro.py"
+    assert {each.name for each in (tmp_path / "repro").iterdir()} == set(files.split(", "))
+    assert f"wrote {tmp_path / 'repro'}: {files}; 3 of 7 nodes\n" in stdout
+
+
+def test_the_files_for_onnx_show_it_too(folder, tmp_path):
+    options = ("-p", "binarize-weights{min_sqnr_db=-60}", "-o", tmp_path, "--json")
+    status, stdout, _ = command(folder / "net.fxopt", *options)
+    written = json.loads(stdout)["written"]
+    assert (status, written["nodes"], written["whole_nodes"], written["missing"]) == (0, 3, 7, [])
+    ((args, _),) = torch.load(tmp_path / "inputs.pt")
+    for name in ("before", "after"):
+        session = ort.InferenceSession(tmp_path / f"{name}.onnx")
+        feeds = {each.name: value.numpy() for each, value in zip(session.get_inputs(), args, strict=True)}
+        want = fxopt.load(tmp_path / f"{name}.fxopt")(*args).detach().numpy()
+        numpy.testing.assert_allclose(session.run(None, feeds)[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_whole_graphs_are_written_if_asked_for(folder, tmp_path):
+    options = ("-p", "binarize-weights{min_sqnr_db=-60}", "-o", tmp_path, "--whole")
+    status, stdout, _ = command(folder / "net.fxopt", *options)
+    assert status == 0
+    assert "repro.py; 7 of 7 nodes" in stdout
+
+
+def test_a_file_that_onnx_cannot_hold_is_named(folder, tmp_path, monkeypatch):
+    def refuses(*arguments, **options):
+        raise ExportError("no such operator\n  got  this")
+
+    monkeypatch.setattr(fault_commands, "to_onnx", refuses)
+    options = ("-p", "binarize-weights{min_sqnr_db=-60}", "-o", tmp_path)
+    status, stdout, _ = command(folder / "net.fxopt", *options)
+    assert status == 0
+    assert "before.onnx is missing: no such operator\nafter.onnx is missing: no such operator\n" in stdout
 
 
 def test_a_lower_bound_moves_it(folder):

@@ -52,3 +52,35 @@ def test_programs_get_every_value(folder):
     found = json.loads(stdout)
     assert (status, found["ok"]) == (1, False)
     assert [value["node"] for value in found["blame"]["values"] if value["problem"]] == ["relu"]
+
+
+def test_another_file_may_be_what_is_right(folder):
+    arguments = ["blame", str(folder / "wrong.onnx"), "--against", str(folder / "right.onnx"), "--inputs", "f32[4,3]"]
+    result = CliRunner().invoke(app, [*arguments, "--json"], prog_name="fxopt")
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["ok"]) == (1, False)
+    assert [value["target"] for value in found["blame"]["values"] if value["problem"]] == ["Relu"]
+    assert CliRunner().invoke(app, [*arguments, "--min-sqnr-db", "-100"], prog_name="fxopt").exit_code == 0
+
+
+def test_a_file_alone_is_compared_with_what_ort_makes_of_it(folder):
+    result = CliRunner().invoke(app, ["blame", str(folder / "wrong.onnx")], prog_name="fxopt")
+    assert result.exit_code == 0  # it computes what it says
+    assert "ORT optimizer 'extended'" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--optimization", "none"], "there is nothing to compare the file with"),
+        (["--against", "right.onnx", "--dynamic", "0:0=batch"], "--dynamic does not go with an .onnx file"),
+        (["--against", "gone.onnx"], "there is no file"),
+        (["--against", "right.onnx", "--inputs", "f32[4,3]; f32[4,3]"], "the inputs do not fit the model"),
+        (["--against", "right.onnx", "--inputs", "f32[4"], "--inputs"),
+    ],
+)
+def test_what_cannot_be_compared_is_bad_input(folder, monkeypatch, options, message):
+    monkeypatch.chdir(folder)
+    result = CliRunner().invoke(app, ["blame", "wrong.onnx", *options], prog_name="fxopt")
+    assert result.exit_code == 2
+    assert message in result.stderr
