@@ -24,9 +24,14 @@ def finish(graph: ir.Graph) -> None:
 
 def restore_names(graph: ir.Graph) -> None:
     """Give a rearranged weight the name of the parameter that it took the place of."""
+    taken = {value.name for value in (*graph.inputs, *graph.initializers.values())}
+    for body in (graph, *graph.subgraphs()):
+        taken.update(value.name for value in body.inputs)
+        taken.update(value.name for node in body for value in node.outputs)
     for value in list(graph.initializers.values()):
         wanted = value.meta.get("wanted")
-        if wanted and value.name != wanted and f"{wanted}_" in str(value.name) and wanted not in graph.initializers:
+        if wanted and value.name != wanted and f"{wanted}_" in str(value.name) and wanted not in taken:
+            taken.add(wanted)
             value.name = wanted
             if value.const_value is not None:
                 value.const_value.name = wanted

@@ -216,3 +216,18 @@ def test_the_graph_is_left_alone():
     to_onnx(gm)
     assert fxopt.graph_text(gm) == before
     assert torch.equal(gm.get_parameter("first.weight"), weight)
+
+
+def test_a_tensor_and_a_value_of_one_name_have_two_in_the_file():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("relu", torch.randn(3))
+
+        def forward(self, x):
+            return (x.relu() + self.relu).sin()
+
+    gm = captured(Net(), torch.randn(2, 3))
+    assert "relu" in {node.name for node in gm.graph.nodes if node.op == "call_function"}
+    graph = to_onnx(gm).model.graph
+    assert not {value.name for node in graph for value in node.outputs} & set(graph.initializers)
