@@ -15,6 +15,7 @@ from fxopt.export.layer_costs import layer_costs
 from fxopt.export.ledger import ledger
 from fxopt.export.ledger_report import Ledger, LedgerEntry
 from fxopt.export.node_times import NodeTimes, node_times
+from fxopt.export.reduce_ort import OrtRepro, reduce_ort
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.report import OutputResult, ValidationReport
 from fxopt.export.session import Session, optimized_model
@@ -37,6 +38,7 @@ __all__ = [
     "NotTranslated",
     "OnnxFile",
     "OrtBisectResult",
+    "OrtRepro",
     "OutputResult",
     "Session",
     "ValidationReport",
@@ -50,6 +52,7 @@ __all__ = [
     "ledger",
     "node_times",
     "optimized_model",
+    "reduce_ort",
     "split_error",
     "to_onnx",
     "translate",

@@ -17,8 +17,8 @@ import torch
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
 from fxopt.export.files import OnnxFile
+from fxopt.export.reduce_ort import broken
 from fxopt.export.session import Optimization, Session
-from fxopt.numerics import violation
 
 __all__ = ["OrtBisectResult", "bisect_ort"]
 
@@ -44,6 +44,8 @@ class OrtBisectResult:
         modified: Names of the optimizers that changed the graph at that level, in order.
         reason: What the check said.
         runs: Number of runs of the check.
+        left_out: The names that were left out to make the check good: those before ``optimizer`` in the order in which
+            they ran, and itself; empty if there is none.
     """
 
     level: Optimization
@@ -51,6 +53,7 @@ class OrtBisectResult:
     modified: tuple[str, ...]
     reason: str
     runs: int
+    left_out: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         name = self.optimizer or "none of the optimizers that can be left out"
@@ -97,7 +100,7 @@ def bisect_ort(
     while good - bad > 1:
         middle = (bad + good) // 2
         bad, good = (middle, good) if runs.problem(level, names[:middle]) is not None else (bad, middle)
-    return OrtBisectResult(level, names[good - 1], modified, reason, runs.count)
+    return OrtBisectResult(level, names[good - 1], modified, reason, runs.count, tuple(names[:good]))
 
 
 class _Runs:
@@ -114,11 +117,7 @@ class _Runs:
         self.count += 1
         outputs = Session(self._source, optimization=level, disabled=disabled).run(self._inputs)
         if isinstance(self._check, Contract):
-            eps = [torch.finfo(t.dtype).eps * float(t.abs().max()) if t.is_floating_point() else 0.0 for t in outputs]
-            found = (
-                violation(self._check, want, got, want, 4 * unit)
-                for want, got, unit in zip(self._plain, outputs, eps, strict=True)
-            )
+            found = (broken(self._check, want, got) for want, got in zip(self._plain, outputs, strict=True))
             return next((problem for problem in found if problem is not None), None)
         try:
             answer = self._check(outputs)

@@ -27,6 +27,7 @@ class NodeError:
         local: Error where the model starts from right values; None where the shapes differ.
         total: Error where it starts from its own values; None where the shapes differ.
         problem: Why the local error is more than rounding; None if it is not.
+        value: Name of the value in the model.
     """
 
     node: str
@@ -38,6 +39,7 @@ class NodeError:
     local: Errors | None
     total: Errors | None
     problem: str | None
+    value: str = ""
 
     @property
     def inherited_share(self) -> float:

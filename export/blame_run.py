@@ -98,6 +98,7 @@ class Comparison:
                 operators=part.operators,
                 local=_errors(want, local),
                 total=_errors(want, total),
+                value=str(value.name),
                 problem=judge(part, dict(zip(read, given.values(), strict=True)), want, local),
             )
         )

@@ -57,7 +57,7 @@ def local_problem(
             several times, so that each result may lie one step off.
         contract: What the value must keep; None if it only has to have the same shape.
     """
-    if contract is None or contract.kind == "LOSSY":
+    if contract is None or contract.kind != "ROUNDING":
         return _other_problem(want, got, contract)
     if want.shape != got.shape or want.dtype != got.dtype or torch.equal(want, got):
         return violation(Contract.EXACT, want, got)
@@ -91,7 +91,7 @@ def part_problem(
         disturbed: Gives what the right part yields if its operands are off by up to some eps.
         contract: What the value must keep; None if it only has to have the same shape.
     """
-    if contract is None or contract.kind == "LOSSY":
+    if contract is None or contract.kind != "ROUNDING":
         return _other_problem(want, got, contract)
     both_float = want.is_floating_point() and got.is_floating_point()
     if want.shape != got.shape or (want.dtype != got.dtype and not both_float) or torch.equal(want, got):
@@ -127,8 +127,8 @@ def _coarsest_eps(part: Slice) -> float:
 
 
 def _other_problem(want: Any, got: Any, contract: Contract | None) -> str | None:
-    """Judge by a floor, or by nothing but the shape."""
-    if want.shape != got.shape:
+    """Judge by a floor, bit for bit, or by nothing but the shape."""
+    if want.shape != got.shape or (contract is not None and contract.kind == "EXACT"):
         return violation(Contract.EXACT, want, got)
     if contract is None or not (want.is_floating_point() and got.is_floating_point()):
         return None

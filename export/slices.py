@@ -18,19 +18,25 @@ __all__ = ["Slice", "Slicer", "sources"]
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """What computes one value.
+    """What computes some values, mostly one.
 
     Attributes:
-        output: The value.
-        inputs: The values that it is computed from.
+        outputs: The values.
+        inputs: The values that they are computed from.
         nodes: The operators in between, in order.
         constants: Initializers that they read.
     """
 
-    output: ir.Value
+    outputs: tuple[ir.Value, ...]
     inputs: tuple[ir.Value, ...]
     nodes: tuple[ir.Node, ...]
     constants: tuple[ir.Value, ...]
+
+    @property
+    def output(self) -> ir.Value:
+        """The value, where it is one."""
+        (value,) = self.outputs
+        return value
 
     @property
     def operators(self) -> tuple[str, ...]:
@@ -41,7 +47,7 @@ class Slice:
         """Return the part as a model; ``like`` is the whole, which stays as it is."""
         view = ir.GraphView(
             list(self.inputs),
-            [self.output],
+            list(self.outputs),
             nodes=list(self.nodes),
             initializers=list(self.constants),
             opset_imports=like.graph.opset_imports,
@@ -105,13 +111,12 @@ class Slicer:
         producer = value.producer()
         return -1 if producer is None else self._place[producer]
 
-    def of(self, value: ir.Value, *, inside: ir.Value | None = None) -> Slice:
-        """Return what computes ``value`` from the nearest known values; ``inside`` is not taken for known."""
+    def of(self, *values: ir.Value, inside: ir.Value | None = None) -> Slice:
+        """Return what computes values from the nearest known ones; ``inside`` is not taken for known."""
         nodes: set[ir.Node] = set()
         inputs: dict[ir.Value, None] = {}
         constants: dict[ir.Value, None] = {}
-        producer = value.producer()
-        waiting = [] if producer is None else [producer]
+        waiting = [producer for value in values if (producer := value.producer()) is not None]
         while waiting:
             node = waiting.pop()
             if node in nodes:
@@ -125,7 +130,7 @@ class Slicer:
                     waiting.append(made_by)
                 else:
                     constants[source] = None
-        return Slice(value, tuple(inputs), tuple(sorted(nodes, key=self._place.__getitem__)), tuple(constants))
+        return Slice(values, tuple(inputs), tuple(sorted(nodes, key=self._place.__getitem__)), tuple(constants))
 
 
 def sources(node: ir.Node) -> Iterator[ir.Value]:

@@ -11,7 +11,7 @@ import typer
 import fxopt
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
-from fxopt.export import bisect_ort, to_onnx
+from fxopt.export import bisect_ort, reduce_ort, to_onnx
 from fxopt.export import blame as find_guilty
 from fxopt.export.blame_file import named_inputs
 from fxopt.export.coverage_run import drawn_inputs
@@ -109,11 +109,10 @@ def bisect(
     """
     contract = Contract.ROUNDING if min_sqnr_db is None else Contract.lossy("sqnr_db", min_sqnr_db)
     if model.endswith(".onnx"):
-        given: dict[str, Any] = {"--passes": passes, "--inputs": inputs, "--dynamic": dynamic, "--output": output}
-        given["--whole"] = whole or None
+        given = {"--passes": passes, "--dynamic": dynamic, "--whole": whole or None}
         if wrong := [name for name, one in given.items() if one is not None]:
             raise BadInputError(describe(f"{', '.join(wrong)} does not go with an .onnx file", got=model))
-        _bisect_file(Path(model), contract, json=json, debug=debug)
+        _bisect_file(Path(model), contract, inputs, output, json=json, debug=debug)
         return
     if passes is None:
         raise BadInputError(
@@ -160,13 +159,25 @@ def _write(found: fxopt.BisectResult, folder: Path, *, whole: bool) -> dict[str,
     return {"folder": str(folder), "files": files, **sizes, "note": pair.note, "missing": missing}
 
 
-def _bisect_file(file: Path, contract: Contract, *, json: bool, debug: bool) -> None:
+def _bisect_file(
+    file: Path, contract: Contract, inputs: str | None, output: Path | None, *, json: bool, debug: bool
+) -> None:
     with users_code(debug=debug), stages(1, quiet=json or debug) as progress:
-        check_file(file)
+        sample = _sample_for(file, inputs, None)
+        session = Session(file, optimization="none")
+        named = drawn_inputs(session) if sample is None else named_inputs(sample, session.input_names)
+        tensors = [named[name] for name in session.input_names]
         progress.begin("bisect")
-        drawn: dict[str, Any] = drawn_inputs(Session(file, optimization="none"))
-        found = bisect_ort(file, list(drawn.values()), contract)
+        found = bisect_ort(file, tensors, contract)
+        part = None if output is None else reduce_ort(file, tensors, found.level, contract)
+        if part is not None and output is not None:
+            rows = {"optimizer": found.optimizer or "unknown", "level": found.level, "reason": part.problem}
+            part.save(output, found.level, found.left_out, rows)
     if json:
-        print_json({"ok": True, "file": str(file)} | dataclasses.asdict(found))
-    else:
-        print(f"{file}: {found}")
+        written = None if part is None else {"nodes": part.nodes, "whole_nodes": part.whole_nodes, "value": part.value}
+        print_json({"ok": True, "file": str(file)} | dataclasses.asdict(found) | {"written": written})
+        return
+    print(f"{file}: {found}")
+    if part is not None:
+        left = f"{part.nodes} of {part.whole_nodes} operators"
+        print(f"wrote {output}: model.onnx, inputs.npz, repro.py; {left}")

@@ -109,3 +109,10 @@ def test_wrong_commands_end_with_status_2(folder, arguments, message):
     status, stdout, stderr = command(folder / arguments[0], *arguments[1:])
     assert (status, stdout) == (2, "")
     assert message in stderr
+
+
+def test_of_a_file_the_part_that_shows_it_is_written(folder, tmp_path):
+    status, stdout, _ = command(folder / "integers.onnx", "--min-sqnr-db", "200", "-o", tmp_path / "repro")
+    assert status == 0
+    assert "model.onnx, inputs.npz, repro.py; " in stdout
+    assert {each.name for each in (tmp_path / "repro").iterdir()} == {"model.onnx", "inputs.npz", "repro.py"}
