@@ -4,7 +4,8 @@ Beside Torch-Pruning (``pip install torch-pruning``) with the same importance (L
 optimizer and seed; its share is the smallest with which the multiply-accumulates fit. All are counted by torch's own
 counter of operations. Scores are those of the files in ORT. The rows of a share of time have the time that the row of
 multiply-accumulates above took, divided by 1.25, as their budget, so both can be compared at equal scores; the net of
-such a row is quantized as well. Times are of one row on one thread: medians of runs in turn.
+such a row is quantized as well. Two more shares of time fill the gaps between them. Times are of one row on one thread:
+medians of runs in turn.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tests.zoo import data, weights
 HEADER = ("net", "pruned to", "tool", "score", "MACs", "parameters", "KiB", "ms", "times as fast", "predicted")
 SHARES = (0.5, 0.25)
 SPEEDUP = 1.25
+TIMES = (0.5, 0.4)
 RUNS, SEED, BATCH = 400, 0, 64
 
 
@@ -195,6 +197,8 @@ def _measured(name: str, task: Task, console: Console, folder: Path, shares: Seq
         files.append(folder / f"{len(files)}.onnx")
         to_onnx(integers, files[-1])
         rows.append((f"{wanted:.0%} of time, int8", "fxopt", small, None))
+    for wanted in TIMES:
+        add(f"{wanted:.0%} of time", "fxopt", *with_fxopt(task, f"latency:{wanted}"))
     times = milliseconds(files, row)
     for (pruned_to, tool, model, predicted), ms, file in zip(rows, times, files, strict=True):
         write_row(
