@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
@@ -164,6 +166,10 @@ def with_dtype(
     return args, {**kwargs, "dtype": dtype} if given is torch.float32 or (given is None and makes) else dict(kwargs)
 
 
+_FORMS: weakref.WeakKeyDictionary[Any, dict[str, str | None]] = weakref.WeakKeyDictionary()
+"""What is known of each form of call, by the fake mode of its graph, which the meaning of its sizes belongs to."""
+
+
 def refusal(node: torch.fx.Node, dtype: torch.dtype) -> str | None:
     """Return why a node cannot compute in ``dtype``, or None; ``""`` if it has no floats to begin with."""
     if node.op != "call_function" or not (holds_float(node.meta.get("val")) or float_operands(node)):
@@ -229,7 +235,27 @@ def _operator_refusal(node: torch.fx.Node, target: OpOverload) -> str | None:
 
 
 def _form_refusal(node: torch.fx.Node, dtype: torch.dtype) -> str | None:
-    """Return why the call yields no half from operands in half, found by asking for the type that it would yield."""
+    """Return why the call yields no half from operands in half, found by asking for the type that it would yield.
+
+    A net calls the same operator on operands of the same form again and again, and plans ask several times.
+    """
+    mode = detect_fake_mode(node.meta.get("val"))
+    if mode is None:
+        return _asked_form(node, dtype)
+    kept = kept_operands(node)
+
+    def form(source: torch.fx.Node) -> str:
+        value = pytree.tree_map_only(torch.Tensor, lambda t: (t.dtype, t.shape, t.stride()), source.meta["val"])
+        return f"{source in kept} {value}"
+
+    key = f"{node.target} {dtype} {torch.fx.map_arg((node.args, dict(node.kwargs)), form)}"
+    known = _FORMS.setdefault(mode, {})
+    if key not in known:
+        known[key] = _asked_form(node, dtype)
+    return known[key]
+
+
+def _asked_form(node: torch.fx.Node, dtype: torch.dtype) -> str | None:
     kept = kept_operands(node)
 
     def halved(source: torch.fx.Node) -> Any:
