@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from fxopt.args import arg, module_path, shape
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.passes.quantize.shared_scales import Bounds, bounds_of, shared_scales
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Kernel, Target
 
@@ -307,22 +309,37 @@ class _Placement:
         return found
 
     def _groups(self) -> dict[torch.fx.Node, str]:
-        """Return the name of each group of values that share a scale: those that moves and concatenations connect."""
-        parent: dict[torch.fx.Node, torch.fx.Node] = {}
+        """Return the name of each group of values that share a scale."""
+        moves = {node: source for node, source in self.moves.items() if node in self.wanted}
+        joins = [
+            (self.sites[node].result, operand)
+            for node in self.order
+            if node in self.joining and self.sites[node].kernel.same_scale
+            for operand in self.sites[node].operands
+        ]
+        limits = {site.result: _both(site.limits(self.target)) for site in self.sites.values()}
+        known: dict[torch.fx.Node, Bounds] = {}
 
-        def root(node: torch.fx.Node) -> torch.fx.Node:
-            while (above := parent.get(node, node)) is not node:
-                node = above
-            return node
+        def bounds(node: torch.fx.Node) -> Bounds:
+            if node not in known:
+                known[node] = bounds_of(node, self._limits, self.moves)
+            return known[node]
 
-        pairs = [(node, source) for node, source in self.moves.items() if node in self.wanted]
-        for node in self.joining:
-            if self.sites[node].kernel.same_scale:
-                pairs += [(self.sites[node].result, operand) for operand in self.sites[node].operands]
-        for a, b in pairs:
-            parent[root(a)] = root(b)
-        members = {node for pair in pairs for node in pair}
-        return {node: self.prefix + root(node).name for node in members}
+        shared = shared_scales(moves, joins, limits, bounds)
+        return {node: self.prefix + root.name for node, root in shared.items()}
+
+    def _limits(self, node: torch.fx.Node) -> Bounds | None:
+        is_limit = node.op == "call_function" and node.target in self.target.limits
+        return _both([limits_of(node, self.target)]) if is_limit else None
+
+
+def _both(limits: Iterable[tuple[float | None, float | None]]) -> Bounds:
+    """Return the interval that lies in all of these; None is no end."""
+    low, high = -math.inf, math.inf
+    for lowest, highest in limits:
+        low = low if lowest is None else max(low, lowest)
+        high = high if highest is None else min(high, highest)
+    return low, high
 
 
 def move_source(node: torch.fx.Node, target: Target) -> torch.fx.Node | None:

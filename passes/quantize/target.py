@@ -35,7 +35,7 @@ class Kernel:
         bias: Name of the argument that becomes 32-bit integers.
         output: Whether the result must be requantized for the kernel to be an integer one, or may stay a float.
         heavy: Whether it asks for integers.
-        same_scale: Whether operands and result share one scale.
+        same_scale: Whether operands and result share one scale where they can; see :mod:`shared_scales`.
     """
 
     operands: tuple[str, ...]
