@@ -74,8 +74,9 @@ def has_effect(node: torch.fx.Node) -> bool:
     if isinstance(node.target, HigherOrderOperator):
         return any(has_effect(inner) for inner in _regions(node) if inner.op not in ("placeholder", "output"))
     if isinstance(node.target, OpOverload):
-        # Batch norm writes its running statistics while training, which its schema does not tell.
-        writes_statistics = "running_mean" in argument_positions(node.target) and bool(trains(node))
+        # Batch norm writes its running statistics while training, if it has any, which its schema does not tell.
+        keeps_statistics = "running_mean" in argument_positions(node.target) and arg(node, "running_mean") is not None
+        writes_statistics = keeps_statistics and bool(trains(node))
         return node.target._schema.is_mutable or writes_statistics
     return (
         getattr(node.target, "__module__", "") not in ("_operator", "math", "torch", "builtins")

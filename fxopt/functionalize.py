@@ -216,6 +216,10 @@ class Functionalizer:
             raise self.refusal(node, f"{node.target} has no functional form")
         args = torch.fx.map_arg(node.args, self.current)
         kwargs = torch.fx.map_arg(node.kwargs, self.current)
+        for argument in overload._schema.arguments[len(args) :]:
+            # What the in-place form may leave out, the other may ask for: the 0.5 of bernoulli_().
+            if argument.name not in kwargs and not argument.has_default_value() and not argument.kwarg_only:
+                args = (*args, arg(node, argument.name))
         call = self.call(node, overload, args, kwargs)
         if call.meta["val"].dtype != like.dtype:
             call = self.call(node, aten.to.dtype, (call, like.dtype))

@@ -37,8 +37,11 @@ def batch_norm(
 
 def _batch_statistics_norm(emit: Emitter, x: Value, weight: Value | None, bias: Value | None, eps: float) -> Value:
     """Normalize by the statistics of the batch, as a layer that tracks none does in evaluation too."""
-    normed = _standardized(emit, x, [axis for axis in range(rank(x)) if axis != 1], eps)
-    return _scaled(emit, normed, weight, bias, dims(x)[1])
+    dtype = dtype_of(x)
+    wide = torch.float32 if dtype in HALF_TYPES else dtype  # which PyTorch sums halves up in
+    normed = _standardized(emit, emit.cast(x, wide), [axis for axis in range(rank(x)) if axis != 1], eps)
+    weight, bias = (None if held is None else emit.cast(held, wide) for held in (weight, bias))
+    return emit.cast(_scaled(emit, normed, weight, bias, dims(x)[1]), dtype)
 
 
 def _standardized(emit: Emitter, x: Value, axes: list[int], eps: float) -> Value:

@@ -170,16 +170,16 @@ class _Constants:
 
     def bytes_freed(self, node: torch.fx.Node) -> int:
         """Return the bytes of the attributes that nobody else reads once the call is folded."""
-        total, stack, seen = 0, [node], set()
+        total, gone, stack = 0, {node}, sources_of(node)
         while stack:
-            for source in sources_of(stack.pop()):
-                if source in seen or len(source.users) > 1:
-                    continue
-                seen.add(source)
-                if source.op == "get_attr":
-                    total += bytes_of(source)
-                else:
-                    stack.append(source)
+            source = stack.pop()
+            if source in gone or not gone.issuperset(source.users):
+                continue  # if another reader of it goes as well, it comes up again
+            gone.add(source)
+            if source.op == "get_attr":
+                total += bytes_of(source)
+            else:
+                stack += sources_of(source)
         return total
 
 

@@ -361,3 +361,19 @@ def test_fake_value_of_a_pad_leaves_a_dynamic_size_dynamic():
     size = fake_call(pad.target, (pad.args[0], [2, 3]), {}).shape[0]  # other amounts: the trace's value is not cached
     assert isinstance(size, torch.SymInt)
     assert str(size) == str(gm.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0])
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.8])
+def test_random_masks_are_drawn_with_the_share_that_was_meant(keep):
+    """0.5 is what ``bernoulli_`` takes if it is given nothing, and export leaves such arguments out."""
+
+    class DropPath(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.new_empty((x.shape[0], 1)).bernoulli_(keep) if self.training else x
+
+    gm = fxopt.capture(DropPath(), (torch.ones(4000, 1),)).train()
+    torch.manual_seed(0)
+    kept = gm(torch.ones(4000, 1))
+    assert kept.unique().tolist() == [0.0, 1.0]
+    assert abs(float(kept.mean()) - keep) < 0.05
+    assert torch.equal(gm.eval()(torch.ones(4000, 1)), torch.ones(4000, 1))

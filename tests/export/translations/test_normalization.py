@@ -25,6 +25,16 @@ def test_batch_norm(rank, options):
     prove(settled(layer), torch.randn(6, 4, *(5, 4, 3)[:rank]))
 
 
+def test_batch_norm_by_the_statistics_of_the_batch_in_half_sums_up_in_float32():
+    def normed(x, weight):
+        return F.batch_norm(x, None, None, weight=weight, training=True)
+
+    x = (1000 + torch.randn(4, 3, 8)).half()  # whose squares have no form in half
+    for weight in (torch.rand(3), torch.rand(3).half()):
+        file = prove(lambda x, w=weight: normed(x, w), x)
+        assert "Cast" in op_types(file)
+
+
 def test_batch_norm_is_one_node():
     assert op_types(prove(settled(nn.BatchNorm2d(4)), torch.randn(3, 4, 5, 5))) == ["BatchNormalization"]
 

@@ -232,3 +232,39 @@ def test_zeros_of_a_dynamic_size_are_no_constant() -> None:
         FoldConstants(), lambda x: x + torch.ones_like(x).cumsum(0), torch.randn(2, 3), dynamic_shapes=({0: "batch"},)
     )
     assert not result.modified
+
+
+class StandardizedWeight(nn.Module):
+    """A convolution whose weight is normalized in each call, as in NFNet and BiT: by a batch norm without memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.gain = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = self.weight.reshape(1, 4, -1)
+        normed = nn.functional.batch_norm(flat, None, None, weight=self.gain * 0.3, training=True, momentum=0.0)
+        return nn.functional.conv2d(x, normed.reshape_as(self.weight))
+
+
+def test_weights_that_are_standardized_in_each_call_are_constants_on_demand() -> None:
+    fold = FoldConstants(max_growth_bytes=0, parameters=True)  # the weight, which is read twice, goes
+    result = check_pass(fold, StandardizedWeight(), torch.randn(2, 3, 5, 5), changes=1)
+    assert calls(result.gm) == ["conv2d"]
+
+
+def test_statistics_that_are_kept_make_a_batch_norm_no_constant() -> None:
+    class Kept(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.randn(5, 3))
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.norm(self.table)
+
+    gm = fxopt.capture(Kept().train(), (torch.randn(5, 3),))
+    folded = FoldConstants(parameters=True)(gm).gm.train()
+    before = folded.get_buffer("norm.running_mean").clone()
+    folded(torch.randn(5, 3))
+    assert not torch.equal(folded.get_buffer("norm.running_mean"), before)
