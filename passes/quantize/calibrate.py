@@ -7,6 +7,7 @@ not depend on the order of the batches either, so processes may share them: all 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -160,6 +161,8 @@ class _Run:
 
     def observe(self, node: torch.fx.Node, site: str, value: Any) -> None:
         """Take in the value of a node."""
+        if _pads_with_infinity(node):
+            value = _without_infinity(value)
         try:
             self.sketches[site].update(value[..., self.only[site]] if site in self.only else value)
         except CalibrationError as error:
@@ -211,6 +214,26 @@ def _single(answer: Any) -> Any:
 
 def _site(path: str, node: torch.fx.Node) -> str:
     return f"{path}/{node.name}" if path else node.name
+
+
+def _pads_with_infinity(node: torch.fx.Node) -> bool:
+    """Return whether a call puts infinities at the edges, as in front of a max-pool that is not to see them.
+
+    The end of the integers stands for them: nothing is smaller there either.
+    """
+    if node.target not in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default):
+        return False
+    value = arg(node, "value")
+    return isinstance(value, float) and math.isinf(value)
+
+
+def _without_infinity(value: torch.Tensor) -> torch.Tensor:
+    """Return a value with its smallest finite number in place of each infinity, so that its range is that of the rest.
+
+    A value that is infinite everywhere, or NaN somewhere, stays as it is.
+    """
+    finite = value[value.isfinite()]
+    return value.masked_fill(value.isinf(), float(finite.min())) if finite.numel() else value
 
 
 def _writes_buffer(node: torch.fx.Node) -> bool:
