@@ -1,4 +1,4 @@
-"""A max-pool behind a padding with minus infinity, as "same" padding is written, computes what it should in integers."""
+"""A max-pool behind a padding with minus infinity, as "same" padding is written, is right in integers."""
 
 import pytest
 import torch
