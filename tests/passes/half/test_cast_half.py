@@ -1,6 +1,7 @@
 """The pass on whole nets: what becomes half, what the user can say about it, and what is refused."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -136,6 +137,19 @@ def test_what_is_allowed_may_be_half_against_a_rule():
 def test_a_pattern_that_fits_nothing():
     with pytest.raises(PassError, match=r"no node, operator or module fits 'aten.conv9d'"):
         passes.CastHalf(deny=("aten.conv9d",)).make_plan(captured(*NETS["vision"]))
+
+
+def test_a_plan_reaches_more_than_is_asked_for_as_kernels_add_up_in_other_orders():
+    gm = captured(*NETS["transformer"])
+
+    def trials(min_sqnr_db):
+        notes = passes.CastHalf("bfloat16", min_sqnr_db=min_sqnr_db)(gm).notes
+        return [float(found) for note in notes for found in re.findall(r"emulated ([\d.]+) dB", note)]
+
+    (whole,) = trials(10.0)
+    for below, count in ((3.0, 1), (0.5, 2)):
+        assert len(trials(whole - below)) >= count
+        assert trials(whole - below)[-1] >= whole - below + 1.0
 
 
 def test_more_signal_is_asked_for_with_less_in_half():
