@@ -16,7 +16,7 @@ import torch
 
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
-from fxopt.export.files import OnnxFile
+from fxopt.export.files import OnnxFile, loadable
 from fxopt.export.reduce_ort import broken
 from fxopt.export.session import Optimization, Session
 
@@ -79,7 +79,7 @@ def bisect_ort(
     Raises:
         ExportError: the check is bad without optimization, or good with all of it; ORT refuses the model.
     """
-    source = (model.path or model.to_bytes()) if isinstance(model, OnnxFile) else model
+    source = loadable(model)
     runs = _Runs(source, inputs, check)
     if (problem := runs.problem("none")) is not None:
         raise ExportError(

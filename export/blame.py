@@ -22,7 +22,7 @@ from fxopt.export.blame_file import compare_with_file, named_inputs
 from fxopt.export.blame_graph import compare_with_graph
 from fxopt.export.blame_report import BlameReport
 from fxopt.export.coverage_run import drawn_inputs
-from fxopt.export.files import OnnxFile, load_model
+from fxopt.export.files import OnnxFile, load_model, loadable
 from fxopt.export.session import Optimization, Session, optimized_model
 from fxopt.graph_module import CapturedModule
 
@@ -73,7 +73,7 @@ def blame(
     else:
         other = load_model(model if reference is None else reference)
         kept = contract or (Contract.ROUNDING if _is_quantized(other) or not _is_quantized(whole) else None)
-        session = Session(_source(model if reference is None else reference), optimization="none")
+        session = Session(loadable(model if reference is None else reference), optimization="none")
         named = drawn_inputs(session) if inputs is None else named_inputs(inputs, session.input_names)
         found = compare_with_file(whole, other, named, kept)
     return BlameReport(tuple(found), optimization, "" if kept is None else str(kept))
@@ -82,11 +82,7 @@ def blame(
 def _read(model: Model, optimization: Optimization) -> ir.Model:
     if optimization == "none":
         return load_model(model)
-    return optimized_model(_source(model), optimization="extended" if optimization == "all" else optimization)
-
-
-def _source(model: Model) -> str | os.PathLike[str] | bytes:
-    return (model.path or model.to_bytes()) if isinstance(model, OnnxFile) else model
+    return optimized_model(loadable(model), optimization="extended" if optimization == "all" else optimization)
 
 
 def _is_quantized(model: ir.Model) -> bool:

@@ -12,11 +12,11 @@ from fxopt.contracts import Contract
 from fxopt.dimensions import Sample
 from fxopt.errors import ExportError, InputError, describe
 from fxopt.export.blame_report import NodeError
-from fxopt.export.blame_run import About, Alive, Comparison, Started
+from fxopt.export.blame_run import About, Alive, Comparison, Started, nearest_line
 from fxopt.export.node_bounds import part_problem
 from fxopt.export.origins import scopes_of, source_of
 from fxopt.export.shape_inference import infer_types
-from fxopt.export.slices import Slice, Slicer
+from fxopt.export.slices import Slice, Slicer, given_inputs
 
 __all__ = ["compare_with_file", "named_inputs"]
 
@@ -42,8 +42,8 @@ def compare_with_file(
     """
     for each in (model, reference):
         infer_types(each)
-    given = _given(reference)
-    own = _given(model)
+    given = given_inputs(reference)
+    own = given_inputs(model)
     if len(own) != len(given):
         raise ExportError(
             describe(
@@ -87,11 +87,6 @@ def named_inputs(sample: Any, names: Sequence[str]) -> dict[str, torch.Tensor]:
     return found
 
 
-def _given(model: ir.Model) -> list[ir.Value]:
-    """Return the inputs that a caller must give."""
-    return [value for value in model.graph.inputs if value.const_value is None]
-
-
 def _shared(model: ir.Model, reference: ir.Model) -> dict[ir.Value, ir.Value]:
     """Return the values of the model that the other has too, with the other's, in the order of the other."""
     own = {str(value.name): value for node in model.graph for value in node.outputs if value.name and _is_tensor(value)}
@@ -123,7 +118,7 @@ def _in_one_order(
     place = Slicer(reference, ()).place
     kept = dict(sorted(shared.items(), key=lambda pair: place(pair[1])))
     while True:
-        slicer, inputs = Slicer(model, kept), set(_given(model))
+        slicer, inputs = Slicer(model, kept), set(given_inputs(model))
         done: set[ir.Value] = set()
         for value in kept:
             if not done.issuperset(set(slicer.of(value).inputs) - inputs):
@@ -196,12 +191,8 @@ def _about(value: ir.Value) -> About:
 
 def _line_of(node: ir.Node) -> str:
     """Return the user's line of a node; that of what it reads where it has none, as one that a quantizer put in."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        current = waiting.pop(0)
-        if line := source_of(current):
-            return line
-        before = [maker for value in current.inputs if value is not None and (maker := value.producer()) is not None]
-        waiting += [maker for maker in before if maker not in seen]
-        seen.update(before)
-    return ""
+
+    def before(current: ir.Node) -> list[ir.Node]:
+        return [maker for value in current.inputs if value is not None and (maker := value.producer()) is not None]
+
+    return nearest_line(node, source_of, before)

@@ -14,7 +14,7 @@ from fxopt.dimensions import Sample
 from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.errors import ExportError, describe
 from fxopt.export.blame_report import NodeError
-from fxopt.export.blame_run import About, Comparison, Started
+from fxopt.export.blame_run import About, Comparison, Started, nearest_line
 from fxopt.export.node_bounds import local_problem
 from fxopt.export.slices import Slice
 from fxopt.graph_module import CapturedModule
@@ -133,11 +133,4 @@ def _about(node: torch.fx.Node) -> About:
 
 def _line_of(node: torch.fx.Node) -> str:
     """Return the user's line of a node; that of who reads it where it has none, as a quantized weight."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        current = waiting.pop(0)
-        if line := source_line(current):
-            return line
-        waiting += [user for user in current.users if user not in seen]
-        seen.update(current.users)
-    return ""
+    return nearest_line(node, source_line, lambda current: current.users)

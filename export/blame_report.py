@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 from fxopt.numerics import Errors
+from fxopt.report import finite_values
 
 __all__ = ["BlameReport", "NodeError"]
 
@@ -93,16 +94,8 @@ class BlameReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, fit for JSON; infinities become text."""
-
-        def plain(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: plain(item) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return [plain(item) for item in value]
-            return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
         rows = [dataclasses.asdict(value) | {"inherited_share": value.inherited_share} for value in self.values]
-        return {"optimization": self.optimization, "contract": self.contract, "values": plain(rows)}
+        return {"optimization": self.optimization, "contract": self.contract, "values": finite_values(rows)}
 
     def __str__(self) -> str:
         lines = [f"{len(self.values)} values compared, ORT optimizer {self.optimization!r}"]

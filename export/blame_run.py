@@ -14,7 +14,7 @@ from fxopt.export.blame_report import NodeError
 from fxopt.export.slices import Slice, Slicer
 from fxopt.numerics import Errors, measure
 
-__all__ = ["About", "Alive", "Comparison", "Judge", "Started", "as_read"]
+__all__ = ["About", "Alive", "Comparison", "Judge", "Started", "as_read", "nearest_line"]
 
 Key = TypeVar("Key", bound=Hashable)
 Started = Mapping[ir.Value, torch.Tensor]
@@ -133,6 +133,19 @@ def as_read(value: ir.Value, shared: Collection[ir.Value], rectified: Collection
         return []
     found = [node.outputs[0] for node in back if list(node.inputs[1:]) == list(readers[0].inputs[1:])]
     return [] if integers in shared or any(each in shared for each in found) else found
+
+
+def nearest_line(start: Key, line_of: Callable[[Key], str | None], following: Callable[[Key], Iterable[Key]]) -> str:
+    """Return the line of the first node that has one: the start, or the nearest that follows; "" if none has."""
+    seen, waiting = {start}, [start]
+    while waiting:
+        current = waiting.pop(0)
+        if line := line_of(current):
+            return line
+        after = [node for node in following(current) if node not in seen]
+        waiting += after
+        seen.update(after)
+    return ""
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +13,7 @@ from fxopt.export.coverage_reasons import SCALES_DIFFER, is_constant, why_dequan
 from fxopt.export.coverage_run import Inputs, KernelRuns, Origin, profiled
 from fxopt.export.coverage_table import FLOATS, KERNELS, NUMBERS_8_BIT, Kind, kind_of
 from fxopt.export.files import OnnxFile
+from fxopt.report import text_table
 
 __all__ = ["CoverageReport", "Kernel", "Leftover", "coverage"]
 
@@ -131,7 +132,7 @@ class CoverageReport:
             count, total = self.kernels[layer]
             shares = (_percent(macs / self.macs), _percent(integer / macs)) if macs else ("-", "-")
             rows.append((layer, str(count), str(total), *shares))
-        lines = [told, *_table(rows)]
+        lines = [told, *(f"  {line}" for line in text_table(rows))]
         if self.floats:
             lines.append("in float:")
             lines += _grouped((f"{one.op}: {one.reason}", _place(one)) for one in self.floats)
@@ -219,13 +220,6 @@ def _percent(share: float) -> str:
 def _place(one: Kernel | Leftover) -> str:
     line = one.source.partition(",")[0]
     return f"{one.node} at {line}" if one.node and line else one.node or line
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
 
 
 def _grouped(told: Iterable[tuple[str, str]]) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 
 from fxopt.dimensions import Sample
 from fxopt.errors import InputError, describe
-from fxopt.export.files import OnnxFile
+from fxopt.export.files import OnnxFile, loadable
 from fxopt.export.session import Session
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
@@ -69,7 +69,7 @@ def split_error(
         ExportError: ORT refuses the model.
     """
     sample = Sample.of(inputs) if inputs is not None else gm.samples[0]
-    source = (model.path or model.to_bytes()) if isinstance(model, OnnxFile) else model
+    source = loadable(model)
     before, after = (_outputs(graph, sample) for graph in (float_gm, gm))
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         raise InputError(

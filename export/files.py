@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fxopt.export.session import Session
     from fxopt.export.validate import ValidationReport
 
-__all__ = ["ExternalData", "OnnxFile", "check_target", "file_bytes", "load_model", "save_model"]
+__all__ = ["ExternalData", "OnnxFile", "check_target", "file_bytes", "load_model", "loadable", "save_model"]
 
 ExternalData = Literal["auto", "always", "never"]
 _LARGEST_FILE = 2**31 - 2**24  # protobuf's limit of 2 GiB, with room for the graph itself
@@ -84,7 +84,7 @@ class OnnxFile:
         """Return an ORT session of the model; options as for :class:`fxopt.export.Session`."""
         from fxopt.export.session import Session
 
-        return Session(self.path if self.path is not None else self.to_bytes(), **options)
+        return Session(loadable(self), **options)
 
     def save(self, path: str | os.PathLike[str], *, external_data: ExternalData = "auto") -> OnnxFile:
         """Write the model to ``path``, all or nothing, and return the file.
@@ -136,6 +136,11 @@ def load_model(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes) -> i
         raise ExportError(describe("cannot read the model", because=str(error))) from error
 
 
+def loadable(model: OnnxFile | str | os.PathLike[str] | bytes) -> str | os.PathLike[str] | bytes:
+    """Return a model as ORT loads it: the file where there is one, as weights may lie beside it, or its bytes."""
+    return (model.path or model.to_bytes()) if isinstance(model, OnnxFile) else model
+
+
 def file_bytes(path: str | os.PathLike[str]) -> int:
     """Return the bytes of a model, all files of its weights included.
 
@@ -143,7 +148,7 @@ def file_bytes(path: str | os.PathLike[str]) -> int:
         ExportError: a file cannot be read.
     """
     model = load_model(path)
-    graphs = [model.graph, *(body for body in model.graph.subgraphs())]
+    graphs = [model.graph, *model.graph.subgraphs()]
     held = (value.const_value for graph in graphs for value in graph.initializers.values())
     places = {tensor.path for tensor in held if isinstance(tensor, ir.ExternalTensor)}
     try:

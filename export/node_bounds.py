@@ -18,7 +18,7 @@ import torch
 from fxopt.contracts import Contract
 from fxopt.export.kernel_noise import APPROXIMATED
 from fxopt.export.slices import Slice
-from fxopt.numerics import largest_noise, measure, node_float64, surely_rounding, violation
+from fxopt.numerics import FLOOR_EPS, largest_noise, measure, node_float64, surely_rounding, violation
 
 __all__ = ["local_problem", "part_problem"]
 
@@ -32,7 +32,6 @@ _EPS = {
     ir.DataType.FLOAT: torch.finfo(torch.float32).eps,
     ir.DataType.DOUBLE: torch.finfo(torch.float64).eps,
 }
-_FLOOR_EPS = 4.0
 _TIES = 1e-3  # share of the integers that may lie one step off: values half-way between two, where runtimes differ
 
 
@@ -69,7 +68,7 @@ def local_problem(
     if not isinstance(precise, torch.Tensor) or precise.shape != want.shape:
         precise = want
     scale = float(want.abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max())
-    noise = max(measure(precise, want.to(precise.dtype)).max_abs, 4 * torch.finfo(want.dtype).eps * scale)
+    noise = max(measure(precise, want.to(precise.dtype)).max_abs, FLOOR_EPS * torch.finfo(want.dtype).eps * scale)
     if node.target in APPROXIMATED:
         noise += torch.finfo(want.dtype).eps * max(1.0, scale)
     return violation(Contract.ROUNDING, want, got, precise, noise)
@@ -107,7 +106,7 @@ def part_problem(
     wide = want.double()
     finite = wide[wide.isfinite()]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
-    noise = max(measure(want, disturbed(eps)).max_abs, _FLOOR_EPS * eps * scale)
+    noise = max(measure(want, disturbed(eps)).max_abs, FLOOR_EPS * eps * scale)
     if not _APPROXIMATED.isdisjoint(operator for part in parts for operator in part.operators):
         noise += eps * max(1.0, scale)
     return violation(contract, wide, got.double(), wide, min(noise, largest_noise(wide, wide, eps)))

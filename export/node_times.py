@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping
 
 from fxopt.export.coverage_run import Inputs, drawn_inputs, kernel_times
-from fxopt.export.files import OnnxFile
+from fxopt.export.files import OnnxFile, loadable
 from fxopt.export.session import Session
 
 __all__ = ["NodeTimes", "node_times"]
@@ -53,7 +53,7 @@ def node_times(
     """
     if runs < 1:
         raise ValueError(f"runs is {runs}; wanted 1 or more")
-    source = (model.path or model.to_bytes()) if isinstance(model, OnnxFile) else model
+    source = loadable(model)
     if inputs is None:
         inputs = drawn_inputs(Session(source, optimization="none"), sizes)
     found: dict[str, list[float]] = {}

@@ -21,10 +21,11 @@ from fxopt.dimensions import Sample
 from fxopt.errors import ExportError, describe
 from fxopt.export.blame import blame
 from fxopt.export.files import OnnxFile, load_model
-from fxopt.export.session import Optimization, Session
+from fxopt.export.session import LEVELS, Optimization, Session
 from fxopt.export.shape_inference import infer_types
-from fxopt.export.slices import Slicer, sources
-from fxopt.numerics import measure, violation
+from fxopt.export.slices import Slicer, given_inputs, sources
+from fxopt.numerics import FLOOR_EPS, measure, violation
+from fxopt.repro import commented
 
 __all__ = ["OrtRepro", "reduce_ort"]
 
@@ -113,10 +114,9 @@ class OrtRepro:
             raise ExportError(describe("numpy has no form of an input of the part", because=str(error))) from error
         left = f"{self.nodes} of {self.whole_nodes} operators"
         head = describe(f"ONNX Runtime's optimizer computes {self.value or 'the model'} otherwise", **rows, left=left)
-        names = {"none": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED"}
         text = _SCRIPT.format(
-            header="\n".join(f"# {line}".rstrip() for line in head.splitlines()),
-            level=names.get(level, "ORT_ENABLE_ALL"),
+            header=commented(head),
+            level=LEVELS[level],
             found=self.difference,
             left_out=list(left_out),
         )
@@ -145,8 +145,7 @@ def reduce_ort(
     whole = load_model(model)
     infer_types(whole)
     ir.external_data.load_to_model(whole)
-    names = [value for value in whole.graph.inputs if value.const_value is None]
-    search = _Search(whole, dict(zip(names, inputs, strict=True)), level, contract)
+    search = _Search(whole, dict(zip(given_inputs(whole), inputs, strict=True)), level, contract)
     found = search.part(list(whole.graph.outputs), None)
     if found is None:
         raise ExportError("the outputs keep the contract at this level of optimization: there is nothing to cut out")
@@ -229,13 +228,13 @@ class _Search:
 def broken(contract: Contract, want: torch.Tensor, got: torch.Tensor) -> str | None:
     """Return how an optimized output breaks a contract against the one without optimization, or None."""
     unit = torch.finfo(got.dtype).eps * float(got.abs().max()) if got.is_floating_point() and got.numel() else 0.0
-    return violation(contract, want, got, want, 4 * unit)
+    return violation(contract, want, got, want, FLOOR_EPS * unit)
 
 
 def _constant_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Yield the operators that work on constants alone: without them, optimizers do not find what they look for."""
     found: set[ir.Node] = set()
-    given = {value for value in model.graph.inputs if value.const_value is None}
+    given = set(given_inputs(model))
     for node in model.graph:
         makers = [(source, source.producer()) for source in sources(node)]
         if all(source not in given and (maker is None or maker in found) for source, maker in makers):

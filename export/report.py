@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from fxopt.numerics import Errors
+from fxopt.report import finite_values, text_table
 
 __all__ = ["OutputResult", "ValidationReport"]
 
@@ -63,21 +63,16 @@ class ValidationReport:
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, fit for JSON; infinities become text."""
         rows = [
-            {"output": r.output, "case": r.case, "optimization": r.optimization}
-            | {name: _plain(number) for name, number in dataclasses.asdict(r.errors).items()}
+            {"output": r.output, "case": r.case, "optimization": r.optimization} | dataclasses.asdict(r.errors)
             for r in self.results
         ]
-        return {"contract": self.contract, "max_abs": _plain(self.max_abs), "results": rows, "notes": list(self.notes)}
+        plain = {"contract": self.contract, "max_abs": self.max_abs, "results": rows, "notes": list(self.notes)}
+        return finite_values(plain)  # type: ignore[no-any-return]  # a dict in, a dict out
 
     def __str__(self) -> str:
         header = ("output", "ORT optimizer", "max abs", "max rel", "SQNR dB", "cosine", "top-1")
-        rows = [header, *(_row(*entry) for entry in self.worst())]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         lines = [f"contract {self.contract}, {self.runs} runs, worst of all:"]
-        lines += [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
+        lines += [f"  {line}" for line in text_table([header, *(_row(*entry) for entry in self.worst())])]
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
@@ -102,9 +97,3 @@ def _row(output: str, level: str, worst: dict[str, float]) -> tuple[str, ...]:
         f"{worst['cosine']:.6f}",
         f"{worst['top1_agreement']:.4f}",
     )
-
-
-def _plain(number: Any) -> Any:
-    if isinstance(number, float) and not math.isfinite(number):
-        return str(number)
-    return list(number) if isinstance(number, tuple) else number

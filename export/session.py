@@ -13,10 +13,10 @@ import torch
 
 from fxopt.errors import ExportError, describe
 
-__all__ = ["Optimization", "Session", "optimized_model"]
+__all__ = ["LEVELS", "Optimization", "Session", "optimized_model"]
 
 Optimization = Literal["none", "basic", "extended", "all"]
-_LEVELS = {
+LEVELS = {
     "none": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
     "extended": "ORT_ENABLE_EXTENDED",
@@ -62,10 +62,10 @@ class Session:
         """
         import onnxruntime
 
-        if optimization not in _LEVELS:
-            raise ValueError(f"optimization is {optimization!r}; wanted one of {', '.join(_LEVELS)}")
+        if optimization not in LEVELS:
+            raise ValueError(f"optimization is {optimization!r}; wanted one of {', '.join(LEVELS)}")
         options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, _LEVELS[optimization])
+        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[optimization])
         options.log_severity_level = _EVERYTHING if verbose else _ERRORS_ONLY
         options.enable_profiling = profile
         if threads is not None:

@@ -13,7 +13,7 @@ from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.finish import bodies_of
 from fxopt.export.session import Session
 
-__all__ = ["Slice", "Slicer", "sources"]
+__all__ = ["Slice", "Slicer", "given_inputs", "sources"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,9 @@ class Slice:
         for value, source in zip(part.graph.inputs, self.inputs, strict=True):
             if value.type is None:
                 value.type = ir.TensorType(onnx_dtype(held[source].dtype))
-        for value in part.graph.initializers.values() if constant is not None else ():
-            _replace(value, constant)
+        if constant is not None:
+            for value in part.graph.initializers.values():
+                _replace(value, constant)
         session = Session(ir.to_proto(part).SerializeToString(), optimization="none")
         names = {source: str(source.name) for source in self.inputs}
 
@@ -89,9 +90,9 @@ class Slice:
         return run
 
 
-def _replace(value: ir.Value, constant: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+def _replace(value: ir.Value, constant: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tensor = value.const_value
-    if constant is None or tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+    if tensor is None or tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
         return
     changed = constant(torch.from_numpy(tensor.numpy().copy()))
     value.const_value = ir.tensor(changed.numpy(), name=str(value.name))
@@ -103,8 +104,7 @@ class Slicer:
     def __init__(self, model: ir.Model, known: Collection[ir.Value]) -> None:
         """Args: model: left alone. known: values at which to cut; inputs of the model always are."""
         self._place = {node: place for place, node in enumerate(model.graph)}
-        given = (value for value in model.graph.inputs if value.const_value is None)  # the others have a default
-        self._known = frozenset(known) | frozenset(given)
+        self._known = frozenset(known) | frozenset(given_inputs(model))
 
     def place(self, value: ir.Value) -> int:
         """Return the position of the node that yields a value."""
@@ -131,6 +131,11 @@ class Slicer:
                 else:
                     constants[source] = None
         return Slice(values, tuple(inputs), tuple(sorted(nodes, key=self._place.__getitem__)), tuple(constants))
+
+
+def given_inputs(model: ir.Model) -> list[ir.Value]:
+    """Return the inputs that a caller must give; the others have a default."""
+    return [value for value in model.graph.inputs if value.const_value is None]
 
 
 def sources(node: ir.Node) -> Iterator[ir.Value]:

@@ -26,6 +26,7 @@ from fxopt.graph_module import graph_modules
 from fxopt.isolation import isolated
 
 __all__ = [
+    "FLOOR_EPS",
     "Errors",
     "Reference",
     "coarsest_eps",
@@ -38,7 +39,7 @@ __all__ = [
     "violation",
 ]
 
-_FLOOR_EPS = 4.0
+FLOOR_EPS = 4.0
 _WIDER = {
     torch.float32: torch.float64,
     torch.float16: torch.float64,
@@ -250,7 +251,7 @@ def _noise(output: Any, precise: Any, eps: float) -> float:
         return 0.0
     measured = measure(precise[finite].to(_WIDER.get(output.dtype, output.dtype)), output[finite]).max_abs
     scale = float(precise[finite].abs().max())
-    floor = _FLOOR_EPS * torch.finfo(output.dtype).eps * scale
+    floor = FLOOR_EPS * torch.finfo(output.dtype).eps * scale
     return min(max(measured, floor), largest_noise(output, precise, eps))
 
 
@@ -280,7 +281,7 @@ def surely_rounding(want: torch.Tensor, got: torch.Tensor, factor: float) -> boo
     if not want.is_floating_point() or want.shape != got.shape or want.dtype != got.dtype or want.numel() == 0:
         return False
     largest = float(want.detach().abs().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).max())
-    return measure(want, got).max_abs <= (factor - 1) * 0.97 * _FLOOR_EPS * torch.finfo(want.dtype).eps * largest
+    return measure(want, got).max_abs <= (factor - 1) * 0.97 * FLOOR_EPS * torch.finfo(want.dtype).eps * largest
 
 
 def violation(contract: Contract, want: Any, got: Any, precise: Any = None, noise: float = 0.0) -> str | None:

@@ -18,7 +18,7 @@ from fxopt.reduce import Reduced, difference
 from fxopt.serialize import atomic_file, save
 from fxopt.trace import quiet
 
-__all__ = ["compare", "write_repro"]
+__all__ = ["commented", "compare", "write_repro"]
 
 _SCRIPT = """{header}
 
@@ -64,9 +64,15 @@ def write_repro(folder: str | Path, pair: Reduced, headline: str, rows: Mapping[
     torch.save([(sample.args, dict(sample.kwargs)) for sample in pair.before.samples], folder / "inputs.pt")
     head = describe(headline, **rows, files="\n".join([_FILES, *remarks]))
     script = folder / "repro.py"
-    commented = "\n".join(f"# {line}".rstrip() for line in head.splitlines())
-    script.write_text(_SCRIPT.format(header=commented, contract=pair.contract or Contract.ROUNDING), encoding="utf-8")
+    script.write_text(
+        _SCRIPT.format(header=commented(head), contract=pair.contract or Contract.ROUNDING), encoding="utf-8"
+    )
     return script
+
+
+def commented(text: str) -> str:
+    """Return a text as a comment of Python."""
+    return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
 
 
 _FILES = """before.fxopt is the graph before the rewrite, after.fxopt the graph after it; nothing else differs
