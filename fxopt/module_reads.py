@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch.fx.graph import _format_target
 
 __all__ = ["reading_modules_once"]
 
@@ -20,7 +21,7 @@ Body = list[str]
 def reading_modules_once(graph: torch.fx.Graph) -> Callable[[Callable[[Body], Body] | None], Callable[[Body], Body]]:
     """Return what :meth:`torch.fx.Graph.on_generate_code` takes, for the code of this graph."""
     targets = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    paths = {_expression("self", target): target for target in targets if "." in target}
+    paths = {_format_target("self", target): target for target in targets if "." in target}
     taken = {node.name for node in graph.nodes}
 
     def transformer(before: Callable[[Body], Body] | None) -> Callable[[Body], Body]:
@@ -43,8 +44,8 @@ def _rewritten(body: Body, paths: dict[str, str], taken: set[str]) -> Iterator[s
             path, outer = ".".join(parts[:end]), ".".join(parts[: end - 1])
             if path not in variables:
                 variables[path] = _fresh(f"module_{len(variables)}", taken)
-                yield f"{variables[path]} = {_expression(variables[outer], parts[end - 1])}\n"
-        yield f"{left} = {_expression(variables[owner], name)}"
+                yield f"{variables[path]} = {_format_target(variables[outer], parts[end - 1])}\n"
+        yield f"{left} = {_format_target(variables[owner], name)}"
 
 
 def _fresh(name: str, taken: set[str]) -> str:
@@ -52,10 +53,3 @@ def _fresh(name: str, taken: set[str]) -> str:
         name += "_"
     taken.add(name)
     return name
-
-
-def _expression(owner: str, target: str) -> str:
-    """Return the expression that torch.fx writes for an attribute."""
-    for name in target.split("."):
-        owner = f"{owner}.{name}" if name.isidentifier() else f'getattr({owner}, "{name}")'
-    return owner
