@@ -102,7 +102,5 @@ def test_operators_of_fxopt_in_a_program_are_named(tmp_path):
             torch.tanh(x), torch.tensor(0.1), torch.tensor(0, dtype=torch.int8), 0, -128, 127
         ).float()
 
-    if not hasattr(torch.ops.fxopt, "quantize"):
-        pytest.skip("quantize has another name")
     script = bisected(graph_of(Moody, torch.rand(3)), "to").save(tmp_path, whole=True)
     assert "calls fxopt.quantize" in script.read_text()

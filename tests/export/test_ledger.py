@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxopt
-from fxopt.errors import FxoptError, InputError
+from fxopt.errors import ExportError, FxoptError, InputError, NumericsError
 from fxopt.export import Ledger, LedgerEntry, coverage, ledger, to_onnx
 from fxopt.export.bench import in_turn, median_speed
 from fxopt.export.ledger_report import StageNumbers
@@ -126,13 +126,19 @@ def test_each_file_must_keep_what_the_passes_up_to_it_promise(small, monkeypatch
     assert "LOSSY" in asked[2]
 
 
-def test_a_file_that_disagrees_with_its_graph_is_not_measured(small, monkeypatch):
-    def refused(gm, *given, **named):
-        if gm is small.report.graphs[1]:
-            raise fxopt.errors.NumericsError("the file computes something else")
+def refuse(graph, error, monkeypatch):
+    """Let the export of one graph fail."""
+
+    def export(gm, *given, **named):
+        if gm is graph:
+            raise error
         return to_onnx(gm, *given, **named)
 
-    monkeypatch.setattr(MODULE, "to_onnx", refused)
+    monkeypatch.setattr(MODULE, "to_onnx", export)
+
+
+def test_a_file_that_disagrees_with_its_graph_is_not_measured(small, monkeypatch):
+    refuse(small.report.graphs[1], NumericsError("the file computes something else"), monkeypatch)
     found = ledger(small, mean_of(small), runs=1)
     assert found.entries[1].numbers.missing == {"file": "the file computes something else"}
     assert found.entries[1].numbers.median_ms is None
@@ -140,12 +146,7 @@ def test_a_file_that_disagrees_with_its_graph_is_not_measured(small, monkeypatch
 
 
 def test_no_speeds_are_told_where_the_captured_graph_has_no_file(small, monkeypatch):
-    def refused(gm, *given, **named):
-        if gm is small.report.graphs[0]:
-            raise fxopt.errors.ExportError("no")
-        return to_onnx(gm, *given, **named)
-
-    monkeypatch.setattr(MODULE, "to_onnx", refused)
+    refuse(small.report.graphs[0], ExportError("no"), monkeypatch)
     found = ledger(small, runs=1, coverage=False)
     assert [entry.numbers.speed for entry in found.entries] == [None] * 5
     assert found.entries[3].numbers.median_ms > 0
