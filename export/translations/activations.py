@@ -6,11 +6,14 @@ import math
 
 import torch
 
-from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
+from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype
+from fxopt.export.translations.reduce import reduced
 
 aten = torch.ops.aten
+
+_SHORT = 32  # up to so many numbers ORT's softmax spends more on each row than on what is in it
 
 
 @translates(aten.gelu.default)
@@ -32,7 +35,12 @@ def silu(emit: Emitter, x: Value) -> Value:
 
 @translates(aten.mish.default)
 def mish(emit: Emitter, x: Value) -> Value:
-    return emit("Mul", x, emit("Tanh", emit("Softplus", x)))
+    if not _fast(emit, x):
+        return emit("Mul", x, emit("Tanh", emit("Softplus", x)))
+    # tanh(log(1 + e)) = n / (n + 2) with n = e (e + 2), e = exp(x); from 20 on it is 1 in float32.
+    power = emit("Exp", emit("Min", x, 20.0))
+    numerator = emit("Mul", power, emit("Add", power, 2.0))
+    return emit("Mul", x, emit("Div", numerator, emit("Add", numerator, 2.0)))
 
 
 @translates(aten.hardsigmoid.default)
@@ -62,10 +70,17 @@ def leaky_relu(emit: Emitter, x: Value, slope: float) -> Value:
 
 @translates(aten.prelu.default)
 def prelu(emit: Emitter, x: Value, weight: Value) -> Value:
-    slopes = dims(weight)
-    if rank(x) > 1 and slopes and slopes[0] != 1:
+    slopes, held = dims(weight), tensor_of(weight)
+    if rank(x) == 0:
+        weight = emit.reshape(weight, ())
+    elif rank(x) > 1 and slopes and slopes[0] != 1:
         weight = emit.reshape(weight, (slopes[0], *[1] * (rank(x) - 2)))
-    return emit("PRelu", x, weight)
+    if emit.runtime != "ort-cpu":
+        return emit("PRelu", x, weight)
+    # ORT's kernel branches on every number; these are exact in every precision, so also in half.
+    if held is not None and bool(((held <= 1) & (held != 0)).all()):  # a slope of 0 would make NaN of infinity
+        return emit("Max", x, emit("Mul", x, weight))
+    return emit("Add", emit("Relu", x), emit("Mul", emit("Min", x, 0.0), weight))
 
 
 @translates(aten.elu.default)
@@ -139,7 +154,26 @@ def _normalized(emit: Emitter, op_type: str, x: Value, dim: int) -> Value:
     x = emit.cast(x, out_dtype(emit))
     if rank(x) == 0:
         return emit("Reshape", emit(op_type, emit("Reshape", x, [1]), axis=0), [])
-    return emit(op_type, x, axis=dim % rank(x))
+    axis = dim % rank(x)
+    if _fast(emit, x) and axis < rank(x) - 1 and dims(x)[axis] in range(1, _SHORT + 1):
+        return _normalized_across(emit, op_type, x, axis)
+    return emit(op_type, x, axis=axis)
+
+
+def _normalized_across(emit: Emitter, op_type: str, x: Value, axis: int) -> Value:
+    """Normalize along an axis that is not the last, by kernels that run along the last."""
+    shifted = emit("Sub", x, reduced(emit, "ReduceMax", x, axis, keepdim=True))
+    powers = emit("Exp", shifted, dims=dims(x))
+    total = reduced(emit, "ReduceSum", powers, axis, keepdim=True)
+    return emit("Div", powers, total) if op_type == "Softmax" else emit("Sub", shifted, emit("Log", total))
+
+
+def _fast(emit: Emitter, x: Value) -> bool:
+    """Return whether ``x`` may be computed by several operators where ORT's one kernel is slow.
+
+    Not in half precision, which would round between them. ``python -m tests.bench ort_forms`` shows both.
+    """
+    return emit.runtime == "ort-cpu" and dtype_of(x) is torch.float32
 
 
 @translates(

@@ -21,6 +21,7 @@ BENCHMARKS = {
     "half_overflow": "small nets that float16 breaks: who misses it, and what ORT on a CPU hides",
     "half_precision": "float16 and bfloat16 beside onnxconverter-common: error in emulation, size, casts, islands",
     "mixed_precision_digits": "loss curves on real digits in float32 and half: graphs, autocast, adaptive precision",
+    "ort_forms": "operators written as several where ORT's one kernel is slower: both in turn",
     "prune_tasks": "trained nets pruned to half and a quarter, fine-tuned, timed in ORT, beside Torch-Pruning",
     "prune_torchvision": "every torchvision classifier pruned to half of its channels, beside Torch-Pruning",
     "prune_latency": "pruned to budgets of time: what is predicted, and what the files take in ORT",

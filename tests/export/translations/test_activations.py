@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.export.proof import INF, NAN, op_types, prove
+from fxopt.export import Session, to_onnx
+from tests.export.proof import INF, NAN, captured, op_types, prove
 
 pytestmark = pytest.mark.ort
 
@@ -53,12 +54,56 @@ def test_gelu_before_opset_20_is_the_pattern_that_ort_fuses():
     prove(lambda x: F.gelu(x, approximate="tanh"), X, opset=18)
 
 
-@pytest.mark.parametrize("slopes", [1, 3])
+@pytest.mark.parametrize("slopes", [(0.25,), (0.1, -0.5, 0.9), (0.1, 0.0, 1.5)])
 def test_prelu_along_the_channels(slopes):
-    layer = nn.PReLU(slopes)
-    nn.init.uniform_(layer.weight, 0.1, 0.9)
+    layer = nn.PReLU(len(slopes))
+    layer.weight.data = torch.tensor(slopes)
     prove(layer, torch.randn(4, 3, 5))
     prove(layer, torch.randn(4, 3))
+
+
+def test_prelu_of_one_number():
+    prove(lambda x: F.prelu(x, torch.tensor([0.3])), torch.tensor(-2.0))
+
+
+@pytest.mark.parametrize("slopes", [(0.1, -0.5, 1.0), (0.1, 0.0, 1.5)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_prelu_is_exact_for_every_kind_of_number(slopes, dtype):
+    tiny = torch.finfo(dtype).tiny
+    special = torch.tensor([-INF, INF, NAN, -tiny, tiny, -0.0, 0.0, -1.7, 2.3], dtype=dtype)
+    x = special.repeat(2, len(slopes), 1)
+    slope = torch.tensor(slopes, dtype=dtype)
+    file = to_onnx(captured(lambda x: F.prelu(x, slope), x, dynamic=False))
+    for level in ("none", "all"):
+        (got,) = Session(file.to_bytes(), optimization=level).run((x,))
+        torch.testing.assert_close(got, F.prelu(x, slope), rtol=0, atol=0, equal_nan=True)
+
+
+def test_prelu_is_branchless_on_ort_and_one_operator_elsewhere():
+    layer = nn.PReLU(3)
+    assert op_types(prove(layer, torch.randn(4, 3, 5))) == ["Reshape", "Mul", "Max"]
+    assert op_types(to_onnx(captured(layer, torch.randn(4, 3, 5)), runtime="onnx")) == ["Reshape", "PRelu"]
+
+
+def test_mish_far_from_zero():
+    far = torch.tensor([-INF, -200.0, -90.0, -20.0, 19.99, 20.01, 90.0, 200.0, INF])
+    assert "Softplus" not in op_types(prove(lambda x: F.mish(x), far, dynamic=False))
+
+
+@pytest.mark.parametrize("function", [F.softmax, F.log_softmax])
+def test_softmax_along_a_short_axis_in_the_middle_is_taken_apart(function):
+    x = torch.randn(2, 5, 6, 7) * 30
+    x[0, :, 1, 1] = -INF
+    x[0, 1, 2, 2] = -INF
+    x[1, 2, 3, 3] = NAN
+    assert "ReduceMax" in op_types(prove(lambda x: function(x, 1), x))
+    for dim, shape in ((-1, (2, 5, 6)), (1, (2, 33, 6))):
+        assert "ReduceMax" not in op_types(prove(lambda x, dim=dim: function(x, dim), torch.randn(*shape)))
+
+
+def test_softmax_in_half_precision_stays_one_operator():
+    x = torch.randn(2, 5, 6, dtype=torch.float16)
+    assert "ReduceMax" not in op_types(prove(lambda x: x.softmax(1), x))
 
 
 def test_softmax_of_one_number():
