@@ -21,6 +21,7 @@ from fxopt.export.translations import (  # noqa: F401  (imported for the registr
     linear,
     normalization,
     pad,
+    pools,
     quantized,
     recurrent,
     reduce,

@@ -79,7 +79,7 @@ def prelu(emit: Emitter, x: Value, weight: Value) -> Value:
         return emit("PRelu", x, weight)
     # ORT's kernel branches on every number; these are exact in every precision, so also in half.
     if held is not None and bool(((held <= 1) & (held != 0)).all()):  # a slope of 0 would make NaN of infinity
-        return emit("Max", x, emit("Mul", x, weight))
+        return emit("Max", x, emit("Mul", x, weight, dims=dims(x)))
     return emit("Add", emit("Relu", x), emit("Mul", emit("Min", x, 0.0), weight))
 
 

@@ -83,6 +83,27 @@ def test_max_pool(rank, options):
     prove(layer, torch.randn(3, 4, *SIZES[rank]) - 5)
 
 
+@pytest.mark.parametrize("options", [{}, {"padding": 1}, {"ceil_mode": True}, {"stride": 2, "dilation": 2}])
+def test_max_pool_of_prelu_is_the_maximum_of_two_pools(options):
+    slopes = torch.tensor([0.2, -0.7, 0.9])
+
+    def pooled(x):
+        return F.max_pool2d(F.prelu(x, slopes), 3, **options)
+
+    assert op_types(prove(pooled, torch.randn(2, 3, 8, 9)))[-3:] == ["MaxPool", "MaxPool", "Max"]
+
+
+def test_prelu_is_pooled_itself_where_others_read_it_or_the_pool_leaves_as_many():
+    slopes, x = torch.tensor([0.2, -0.7, 0.9]), torch.randn(2, 3, 8, 8)
+
+    def read_twice(x):
+        y = F.prelu(x, slopes)
+        return F.max_pool2d(y, 2), y
+
+    assert op_types(prove(read_twice, x))[-2:] == ["Max", "MaxPool"]
+    assert op_types(prove(lambda x: F.max_pool2d(F.prelu(x, slopes), 3, 1), x))[-2:] == ["Max", "MaxPool"]
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_max_pool_indices_count_within_a_channel(rank):
     prove((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](2, return_indices=True), torch.randn(3, 4, *SIZES[rank]))
