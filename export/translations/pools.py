@@ -13,6 +13,7 @@ from fxopt.export.sizes import Size, product
 from fxopt.export.translations.convolution import Pair, batched, spread
 from fxopt.export.translations.pad import pad_value
 from fxopt.export.translations.shape import out_dims
+from fxopt.quantized_ops import DEQUANTIZE
 
 aten = torch.ops.aten
 
@@ -81,10 +82,15 @@ def max_pool(
 
 
 def _maximum_of(emit: Emitter, x: Value) -> tuple[Value, Value] | None:
-    """Return the two values whose maximum ``x`` is, if a ``prelu`` wrote it so and only the current node reads it."""
+    """Return the two values whose maximum ``x`` is, if a ``prelu`` wrote it so and only the current node reads it.
+
+    Not behind integers, whose layout in ORT has the channels last: a pool of floats would turn them around.
+    """
     assert emit.node is not None
     source, node = emit.node.args[0], x.producer()
     if not isinstance(source, torch.fx.Node) or source.target is not aten.prelu.default or len(source.users) > 1:
+        return None
+    if source.all_input_nodes[0].target is DEQUANTIZE:
         return None
     if node is None or node.op_type != "Max" or node.inputs[0] is None or node.inputs[1] is None:
         return None

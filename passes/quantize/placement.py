@@ -36,6 +36,8 @@ __all__ = [
 
 aten = torch.ops.aten
 
+_POOLS = {aten.max_pool2d.default}
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -286,8 +288,10 @@ class _Placement:
         wanted = set(self.forced)
         for node in self.joining:
             wanted |= {self.sites[node].result, *self.sites[node].operands}
+        made = self._available()
         for node in reversed(self.order):
-            if node in wanted and node in self.moves:
+            # Behind a pool of floats there are fewer numbers to quantize than in front.
+            if node in wanted and node in self.moves and (node.target not in _POOLS or self.moves[node] in made):
                 wanted.add(self.moves[node])
         return wanted
 

@@ -9,7 +9,7 @@ The graph that results is for evaluation. Its weights are integers; to train it 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -192,11 +192,11 @@ class Quantize(LossyPass):
         notes += search.ledger
         return found
 
-    def _plan(self, gm: CapturedModule) -> QuantPlan:
+    def _plan(self, gm: CapturedModule, floats: Sequence[str] = ()) -> QuantPlan:
         if self.plan is not None:
             return self.plan
         target = TARGETS[self.target]
-        return place(gm, target, bits=self.bits, weight_bits=self.weight_bits, skip=self.skip)
+        return place(gm, target, bits=self.bits, weight_bits=self.weight_bits, skip=(*self.skip, *floats))
 
 
 def _several_processes() -> bool:

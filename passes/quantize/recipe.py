@@ -1,7 +1,8 @@
 """Try ways to quantize a graph on calibration inputs, measure each, and keep what helps.
 
     fast        the range method that was asked for, no trial
-    auto        range methods, bias correction, and smoothing where layer norms feed the layers
+    auto        range methods, bias correction, smoothing where layer norms feed the layers, and floats for layers
+                that integers make no faster
     accurate    besides, equalization of channels and learned rounding of weights
 
 A way is measured by the signal to quantization noise of the worst output, in a simulation of the integer graph. Where
@@ -27,6 +28,7 @@ from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq
 from fxopt.passes.quantize.merged_rows import MergedRows, first_rows, merged_rows
+from fxopt.passes.quantize.no_gain import layers_without_gain
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
@@ -43,6 +45,7 @@ METHODS_TRIED = ("mse", "minmax")
 _TRIED_ROWS = 32  # rows of calibration inputs to learn from, and again to measure on
 _ROWS_TOGETHER = 16  # that calibration runs at once
 _GAIN = 0.1  # dB by which a way must be better to be worth its while
+_FLOAT_GAIN = 1.0  # dB by which it must be better to leave layers out of the integers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +92,12 @@ class Search:
         return Candidate(self.gm, resolved, {})
 
     def best(
-        self, make_plan: Callable[[CapturedModule], QuantPlan], methods: Sequence[str], recipe: Recipe
+        self, make_plan: Callable[[CapturedModule, Sequence[str]], QuantPlan], methods: Sequence[str], recipe: Recipe
     ) -> Candidate:
         """Return the best of the ways of a recipe.
 
         Args:
-            make_plan: Makes the plan, with or without scales, of a graph.
+            make_plan: Makes the plan, without scales, of a graph, in which the named calls stay float.
             methods: Range methods to try.
             recipe: ``"auto"`` or ``"accurate"``.
         """
@@ -112,22 +115,29 @@ class Search:
         return found
 
     def _best(
-        self, make_plan: Callable[[CapturedModule], QuantPlan], methods: Sequence[str], recipe: Recipe
+        self, make_plan: Callable[[CapturedModule, Sequence[str]], QuantPlan], methods: Sequence[str], recipe: Recipe
     ) -> Candidate:
         learn, measure = self._samples()
         want = run_by_node(self.gm, measure)
-        best = self._tried(self.gm, make_plan(self.gm), methods, learn, measure, want, "")
+        best = self._tried(self.gm, make_plan(self.gm, ()), methods, learn, measure, want, "")
+        slow = layers_without_gain(self.gm, best.plan, self.target)
+        if slow:
+            tried = self._tried(self.gm, make_plan(self.gm, tuple(slow)), methods, learn, measure, want, "floats, ")
+            less = self._better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
+            slow = slow if less is tried else {}
+            best = less
         for item in self._transformations(recipe, methods[0]):
             changed = item(best.gm)
             if not changed.modified:
                 continue
             changed.gm.recompile()
-            plan = make_plan(changed.gm)
+            plan = make_plan(changed.gm, tuple(slow))
             tried = self._tried(changed.gm, plan, methods, learn, measure, want, f"{item.spec()}, ")
             best = self._better(best, tried, item.spec())
         if recipe == "accurate":
             best = self._rounded(best, learn, measure, want)
-        return best
+        notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
+        return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
 
     def _transformations(self, recipe: Recipe, method: str) -> Iterator[Pass]:
         yield SplitOutliers()
@@ -151,8 +161,8 @@ class Search:
                 best = self._better(best, tried, name)
         return best
 
-    def _better(self, best: Candidate, other: Candidate, name: str) -> Candidate:
-        kept = other.sqnr_db > best.sqnr_db + _GAIN
+    def _better(self, best: Candidate, other: Candidate, name: str, gain: float = _GAIN) -> Candidate:
+        kept = other.sqnr_db > best.sqnr_db + gain
         self.ledger.append(f"{name}: {best.sqnr_db:.1f} to {other.sqnr_db:.1f} dB, {'kept' if kept else 'not kept'}")
         return other if kept else best
 

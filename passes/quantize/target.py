@@ -60,6 +60,9 @@ class Target:
         signed_activations: Whether activations are signed.
         symmetric_activations: Whether their zero point is 0.
         unused: Why operators that look as if they could be computed in integers are not.
+        fewest_products: How many products for each number of its result make a convolution among floats faster in
+            integers, conversions included.
+        fewest_macs: The same of any layer: its multiply-accumulates in all.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Target:
     signed_activations: bool = False
     symmetric_activations: bool = False
     unused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
+    fewest_products: int = 0
+    fewest_macs: int = 0
 
 
 _CONV = Kernel(("input", "weight"), weight="weight", bias="bias", heavy=True)
@@ -120,8 +125,11 @@ _LIMITS: dict[Any, tuple[str | float | None, str | float | None]] = {
     aten.clamp_min.default: ("min", None),
 }
 
-ORT_CPU = Target("ort-cpu", _HEAVY | _JOINING, _MOVES, _LIMITS)
-"""ONNX Runtime's CPU provider: unsigned activations with a zero point, signed weights by channel."""
+ORT_CPU = Target("ort-cpu", _HEAVY | _JOINING, _MOVES, _LIMITS, fewest_products=48, fewest_macs=16384)
+"""ONNX Runtime's CPU provider: unsigned activations with a zero point, signed weights by channel.
+
+``python -m tests.bench float_layers`` shows the last two numbers.
+"""
 
 GENERIC = Target("onnx", _HEAVY | _JOINING, _MOVES, _LIMITS, signed_activations=True, symmetric_activations=False)
 """Any runtime of ONNX: signed activations."""
