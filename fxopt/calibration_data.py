@@ -126,6 +126,14 @@ def _sample(gm: CapturedModule, item: Any, number: int) -> Sample:
             )
         ) from None
     for leaf, spec in zip(leaves, gm.inputs, strict=True):
+        if isinstance(leaf, torch.Tensor) and leaf.numel() == 0:
+            raise CalibrationError(
+                describe(
+                    f"item {number} of the calibration data: input {spec.name!r} holds no element",
+                    got=_text(item),
+                    try_="leave the item out; slices behind the end of a tensor are empty",
+                )
+            )
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
             raise CalibrationError(
                 describe(

@@ -105,7 +105,7 @@ def gptq_integers(
     Args:
         weight: f32[..., out, in].
         hessian: ``2 sum x x^T`` of its inputs, f64[..., in, in], positive semidefinite.
-        scale: Units per step, > 0: f32[..., out], or f32[..., out, blocks] for blocks of ``in / blocks`` columns.
+        scale: Units per step, not 0: f32[..., out], or f32[..., out, blocks] for blocks of ``in / blocks`` columns.
         qmin: Smallest integer.
         qmax: Largest integer.
         zero_point: The integers that stand for 0, shaped like ``scale``; 0 if None.

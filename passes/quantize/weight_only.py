@@ -16,14 +16,17 @@ x86-64 server; in f32 7.0 with 4 bits, 29 with 8 and 37 with 2; with ``accuracy_
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from fxopt.args import arg, dtype, shape, tensor_arg
+from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
+from fxopt.passes.quantize.block_rounding import rounded_by_gptq
 from fxopt.passes.quantize.blocks import BITS, BlockWeight, Search, quantize_blocks
+from fxopt.passes.quantize.matrix_uses import INPUT, WEIGHT, MatrixUse, behind_transpositions
 from fxopt.passes.quantize.stored_weights import StoredWeights, check_names, refusal, tensor_bytes
 from fxopt.rewriter import Rewriter
 from fxopt.weight_only_ops import GATHER_NBITS, MATMUL_NBITS
@@ -32,31 +35,8 @@ __all__ = ["QuantizeWeights"]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
-_WEIGHT: dict[Any, str] = {
-    aten.linear.default: "weight",
-    aten.embedding.default: "weight",
-    aten.matmul.default: "other",
-    aten.mm.default: "mat2",
-    aten.addmm.default: "mat2",
-}
-_INPUT: dict[Any, str] = {
-    aten.linear.default: "input",
-    aten.matmul.default: "self",
-    aten.mm.default: "self",
-    aten.addmm.default: "mat1",
-}
-_ROWS_ARE_OUTPUTS = (aten.linear.default, aten.embedding.default)
 _FLOORS = {2: 0.0, 4: 8.0, 8: 25.0}  # dB; int8 activations alone leave some 30
 _ACCURACY_LEVELS = (0, 1, 4)  # what the CPU kernels know: f32 without and with asking for it, and int8
-
-
-@dataclasses.dataclass(frozen=True)
-class _Use:
-    """One call that multiplies by a constant matrix: where it reads it, and whether its rows are the outputs."""
-
-    call: Node
-    read: Node
-    by_rows: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +48,16 @@ class QuantizeWeights(Pass):
         block_size: Numbers that share a scale: a power of two, 16 or more.
         symmetric: Leave out zero points: a little smaller, a little less accurate.
         search: How the range of a block is chosen; see :func:`quantize_blocks`.
+        rounding: ``"nearest"``, or ``"gptq"``, by which on the calibration inputs the errors of some weights make up
+            for those of others; see :mod:`fxopt.passes.quantize.block_rounding`.
         embeddings: Whether embeddings are quantized too.
         skip: Patterns of names of weights or nodes that stay as they are.
         min_elements: Smaller weights stay as they are.
         accuracy_level: In which type ORT multiplies: 0 leaves it to ORT, which takes f32; 1 f32; 4 int8 activations.
+        damping: What GPTQ adds to the diagonal of its Hessian, as a share of the mean: more for few calibration inputs.
+            On MiniLM-L6 with 64 sentences 0.01, the paper's, gained 0.4 dB on other sentences, 0.1 to 0.5 1.8 dB; with
+            304 sentences 1.8 and 2.3.
+        megabytes: Memory for the activations of the calibration inputs of GPTQ, which takes in as many as fit.
         min_sqnr_db: Signal to noise that every output must keep on the example inputs, in dB; if not given, 0 for 2
             bits, 8 for 4, 25 for 8.
     """
@@ -82,10 +68,13 @@ class QuantizeWeights(Pass):
     block_size: int = 32
     symmetric: bool = False
     search: Search = "mse"
+    rounding: Literal["nearest", "gptq"] = "nearest"
     embeddings: bool = True
     skip: tuple[str, ...] = ()
     min_elements: int = 4096
     accuracy_level: int = 0
+    damping: float = 0.1
+    megabytes: int = 2048
     min_sqnr_db: float | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +85,10 @@ class QuantizeWeights(Pass):
             raise ValueError(f"block_size is {self.block_size}; wanted a power of two of 16 or more")
         if self.search not in ("absmax", "mse"):
             raise ValueError(f"search is {self.search!r}; wanted 'absmax' or 'mse'")
+        if self.rounding not in ("nearest", "gptq"):
+            raise ValueError(f"rounding is {self.rounding!r}; wanted 'nearest' or 'gptq'")
+        if not self.damping > 0:
+            raise ValueError(f"damping is {self.damping}; wanted above 0, or the Hessian may have no inverse")
         if self.accuracy_level not in _ACCURACY_LEVELS:
             raise ValueError(f"accuracy_level is {self.accuracy_level}; wanted one of {_ACCURACY_LEVELS}")
         check_names(self.skip)
@@ -106,11 +99,17 @@ class QuantizeWeights(Pass):
         return Contract.lossy("sqnr_db", _FLOORS[self.bits] if self.min_sqnr_db is None else self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
-        """Quantize every constant matrix whose readers all allow it."""
+        """Quantize every constant matrix whose readers all allow it.
+
+        Raises:
+            CalibrationError: GPTQ is asked for, and the calibration data do not fit.
+        """
         stored = _Blocks(self, rw)
-        targets = [target for target in _WEIGHT if self.embeddings or target is not aten.embedding.default]
+        if self.rounding == "gptq":
+            stored.round_by_gptq()
+        targets = [target for target in WEIGHT if self.embeddings or target is not aten.embedding.default]
         for call in rw.calls(*targets):
-            use = _use_of(call)
+            use = MatrixUse.of(call)
             if use is None:
                 if call.target is aten.linear.default:
                     inside = tensor_arg(call, "weight").op == "placeholder"
@@ -136,21 +135,34 @@ class _Blocks:
         self._weights: dict[int, BlockWeight] = {}
         self._nodes: dict[tuple[int, torch.fx.Graph], tuple[Node, Node, Node | None]] = {}
 
-    def refusal(self, use: _Use) -> str | None:
+    def refusal(self, use: MatrixUse) -> str | None:
         """Return why the call keeps its floats, or None."""
         tensor = self.rw.tensor(use.read)
         if id(tensor) not in self._refusals:  # before the first change: afterwards others read it
             self._refusals[id(tensor)] = self._weight_refusal(use, tensor)
         return self._refusals[id(tensor)] or _call_refusal(use.call)
 
-    def _weight_refusal(self, use: _Use, tensor: torch.Tensor) -> str | None:
+    def round_by_gptq(self) -> None:
+        """Choose the integers of all matrices of the graph itself anew, before the first change."""
+        calls = [node for node in self.rw.gm.graph.nodes if self._is_target(node)]
+        uses = [use for call in calls if (use := MatrixUse.of(call)) is not None and self.refusal(use) is None]
+        held = [(use, self._quantized(use, self.rw.tensor(use.read))) for use in uses]
+        data, options = calibration_of(self.rw.gm), self.options
+        found = rounded_by_gptq(self.rw.gm, held, data, damping=options.damping, megabytes=options.megabytes)
+        for use, weight in found.items():
+            self._weights[id(self.rw.tensor(use.read))] = weight
+        every = len(self._weights)
+        others = ", the others, embeddings or read by several calls, to nearest" if len(found) < every else ""
+        self.rw.notes.append(f"{len(found)} of {every} matrices rounded by GPTQ{others}")
+
+    def _weight_refusal(self, use: MatrixUse, tensor: torch.Tensor) -> str | None:
         options, reads = self.options, self._readers.reads(tensor)
         if (reason := refusal(use.call, reads, tensor, options.skip, options.min_elements)) is not None:
             return reason
         if tensor.ndim != 2:
             return f"its constant operand has {tensor.ndim} axes, not 2"
-        for user in [user for read in reads for reader in read.users for user in _behind_transposition(reader)]:
-            other = _use_of(user)
+        for user in [user for read in reads for reader in read.users for user in behind_transpositions(reader)]:
+            other = MatrixUse.of(user)
             if other is None or self.rw.tensor(other.read) is not tensor or not self._is_target(user):
                 return f"its weight is also read by {user.name} ({user.target})"
             if _call_refusal(user) is not None and user is not use.call:
@@ -166,7 +178,7 @@ class _Blocks:
     def _is_target(self, call: Node) -> bool:
         return self.options.embeddings or call.target is not aten.embedding.default
 
-    def _quantized(self, use: _Use, tensor: torch.Tensor) -> BlockWeight:
+    def _quantized(self, use: MatrixUse, tensor: torch.Tensor) -> BlockWeight:
         if id(tensor) not in self._weights:
             options = self.options
             self._weights[id(tensor)] = quantize_blocks(
@@ -176,7 +188,7 @@ class _Blocks:
 
         return self._weights[id(tensor)]
 
-    def nodes(self, use: _Use) -> tuple[Node, Node, Node | None]:
+    def nodes(self, use: MatrixUse) -> tuple[Node, Node, Node | None]:
         """Return the nodes that read integers, scales and zero points, in the graph of the call."""
         tensor = self.rw.tensor(use.read)
         key = (id(tensor), use.call.graph)
@@ -195,38 +207,10 @@ class _Blocks:
         return self._nodes[key]
 
 
-def _use_of(call: Node) -> _Use | None:
-    """Return how a call reads a constant matrix, or None if it reads none."""
-    if call.op != "call_function" or call.target not in _WEIGHT:
-        return None
-    weight = tensor_arg(call, _WEIGHT[call.target])
-    by_rows = call.target in _ROWS_ARE_OUTPUTS
-    while _is_transposition(weight):
-        weight, by_rows = tensor_arg(weight, "self"), not by_rows
-    return _Use(call, weight, by_rows) if weight.op == "get_attr" else None
-
-
-def _is_transposition(node: Node) -> bool:
-    """Return whether a call exchanges the two axes of a matrix."""
-    if node.op != "call_function" or node.target not in (aten.t.default, aten.transpose.int, aten.permute.default):
-        return False
-    if len(shape(tensor_arg(node, "self"))) != 2:
-        return False
-    if node.target is aten.permute.default:
-        return [axis % 2 for axis in arg(node, "dims")] == [1, 0]
-    return node.target is aten.t.default or arg(node, "dim0") % 2 != arg(node, "dim1") % 2
-
-
-def _behind_transposition(node: Node) -> list[Node]:
-    if not _is_transposition(node):
-        return [node]
-    return [reader for user in node.users for reader in _behind_transposition(user)]
-
-
 def _call_refusal(call: Node) -> str | None:
     if call.target is aten.embedding.default:
         return None
-    x = tensor_arg(call, _INPUT[call.target])
+    x = tensor_arg(call, INPUT[call.target])
     if dtype(x) is not torch.float32:
         return f"its input is {dtype(x)}"
     if call.target is aten.addmm.default:
@@ -237,7 +221,7 @@ def _call_refusal(call: Node) -> str | None:
     return None
 
 
-def _replace(rw: Rewriter, use: _Use, nodes: tuple[Node, Node, Node | None], options: QuantizeWeights) -> None:
+def _replace(rw: Rewriter, use: MatrixUse, nodes: tuple[Node, Node, Node | None], options: QuantizeWeights) -> None:
     packed, scales, zero_points = nodes
     tensor = rw.tensor(use.read)
     features_in = tensor.shape[1 if use.by_rows else 0]
@@ -247,7 +231,7 @@ def _replace(rw: Rewriter, use: _Use, nodes: tuple[Node, Node, Node | None], opt
         index = tensor_arg(use.call, "indices")
         rw.replace_call(use.call, GATHER_NBITS, (packed, scales, zero_points, index, *form), why=why)
         return
-    x = tensor_arg(use.call, _INPUT[use.call.target])
+    x = tensor_arg(use.call, INPUT[use.call.target])
     biases: dict[Any, str] = {aten.linear.default: "bias", aten.addmm.default: "self"}
     bias = biases.get(use.call.target)
     added = None if bias is None else arg(use.call, bias)

@@ -221,6 +221,11 @@ def test_examples_without_a_batch_axis(one: fxopt.CapturedModule) -> None:
     assert "wrap the dataset in a DataLoader" in failure(one, list(X))
 
 
+def test_an_item_of_no_rows(two: fxopt.CapturedModule) -> None:
+    text = failure(two, [(X, X), (X[6:], X[6:])])
+    assert text.startswith("item 1 of the calibration data: input 'ids' holds no element")
+
+
 @pytest.mark.parametrize(
     ("value", "counts"), [(torch.nan, "1 NaN and 0 infinite"), (-torch.inf, "0 NaN and 1 infinite")]
 )
