@@ -10,9 +10,11 @@ from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, t
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype
 from fxopt.export.translations.reduce import reduced
+from fxopt.quantized_ops import DEQUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
 
+_GEMM = (aten.linear.default, aten.addmm.default)
 _SHORT = 32  # up to so many numbers ORT's softmax spends more on each row than on what is in it
 
 
@@ -56,6 +58,24 @@ def hardswish(emit: Emitter, x: Value) -> Value:
 @translates(aten.hardtanh.default)
 def hardtanh(emit: Emitter, x: Value, low: Number, high: Number) -> Value:
     return emit("Clip", x, low, high)
+
+
+@translates(aten.relu.default)
+def relu(emit: Emitter, x: Value) -> Value:
+    x = emit.cast(x, out_dtype(emit))
+    return emit("Max", x, 0.0) if _ends_integers(emit) else emit("Relu", x)
+
+
+def _ends_integers(emit: Emitter) -> bool:
+    """Return whether a linear layer of integers stands in front of the current node, and only floats behind it.
+
+    ORT would take Gemm and Relu for one kernel of floats before it looks for one of integers.
+    """
+    source = emit.node.args[0] if emit.node is not None and emit.runtime == "ort-cpu" else None
+    if not isinstance(source, torch.fx.Node) or source.target not in _GEMM or emit.node is None:
+        return False
+    integers = all(operand.target is DEQUANTIZE for operand in source.all_input_nodes)
+    return integers and not any(user.target is QUANTIZE for user in emit.node.users)
 
 
 @translates(aten.relu6.default)

@@ -39,7 +39,7 @@ def out_dtype(emit: Emitter) -> torch.dtype:
 _UNARY = {
     "Abs": aten.abs, "Acos": aten.acos, "Acosh": aten.acosh, "Asin": aten.asin, "Asinh": aten.asinh, "Atan": aten.atan,
     "Atanh": aten.atanh, "Cos": aten.cos, "Cosh": aten.cosh, "Erf": aten.erf, "Exp": aten.exp, "Log": aten.log,
-    "Neg": aten.neg, "Reciprocal": aten.reciprocal, "Relu": aten.relu, "Sigmoid": aten.sigmoid, "Sin": aten.sin,
+    "Neg": aten.neg, "Reciprocal": aten.reciprocal, "Sigmoid": aten.sigmoid, "Sin": aten.sin,
     "Sinh": aten.sinh, "Sqrt": aten.sqrt, "Tan": aten.tan, "Tanh": aten.tanh,
 }  # fmt: skip
 _ROUNDING = {"Ceil": aten.ceil, "Floor": aten.floor, "Round": aten.round}

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt.export import Session, to_onnx
+import fxopt
+from fxopt.export import Session, coverage, to_onnx
+from fxopt.passes import Quantize
 from tests.export.proof import INF, NAN, captured, op_types, prove
 
 pytestmark = pytest.mark.ort
@@ -83,6 +85,14 @@ def test_prelu_is_branchless_on_ort_and_one_operator_elsewhere():
     layer = nn.PReLU(3)
     assert op_types(prove(layer, torch.randn(4, 3, 5))) == ["Reshape", "Mul", "Max"]
     assert op_types(to_onnx(captured(layer, torch.randn(4, 3, 5)), runtime="onnx")) == ["Reshape", "PRelu"]
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.1), nn.Sigmoid(), nn.Tanh(), nn.GELU()])
+def test_a_layer_of_integers_in_front_of_floats_is_integer_whatever_activation_ends_it(activation):
+    net, x = nn.Sequential(nn.Linear(64, 64), activation, nn.Linear(64, 8)).eval(), torch.randn(4, 64)
+    quantize = Quantize(recipe="fast", skip=("linear_1",))
+    file = to_onnx(fxopt.optimize(net, [quantize], (x,), calibration=[(x,)], strict=True))
+    assert coverage(file).kernels["linear"] == (1, 2)
 
 
 def test_mish_far_from_zero():

@@ -2,11 +2,15 @@
 
 import itertools
 
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fxopt
+from fxopt.export import Session, to_onnx
+from fxopt.passes import Quantize
 from tests.export.proof import op_types, prove
 
 pytestmark = pytest.mark.ort
@@ -102,6 +106,19 @@ def test_prelu_is_pooled_itself_where_others_read_it_or_the_pool_leaves_as_many(
 
     assert op_types(prove(read_twice, x))[-2:] == ["Max", "MaxPool"]
     assert op_types(prove(lambda x: F.max_pool2d(F.prelu(x, slopes), 3, 1), x))[-2:] == ["Max", "MaxPool"]
+
+
+@pytest.mark.parametrize(("skip", "pooled"), [((), "NhwcMaxPool"), (("conv2d",), "MaxPool")])
+def test_a_pool_of_floats_is_quantized_behind_it_by_ort_too(skip, pooled, tmp_path):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3)).eval()
+    image, optimized = torch.randn(1, 3, 12, 12), tmp_path / "optimized.onnx"
+    gm = fxopt.optimize(net, [Quantize(recipe="fast", skip=skip)], (image,), calibration=[(image,)], strict=True)
+    Session(to_onnx(gm).to_bytes(), save_optimized=optimized)
+    found = [node.op_type for node in onnx.load(optimized).graph.node]
+    assert pooled in found
+    assert ("Max" in found) is (skip != ())
+    if skip:
+        assert found.index("MaxPool") < found.index("QuantizeLinear")
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
