@@ -26,7 +26,7 @@ from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.metric import Metric, measured
 from fxopt.passes.quantize.correct_bias import channel_means, corrections, shift_biases
-from fxopt.passes.quantize.costs import FLOAT, Costs, Width, WidthTable, macs_of, weight_elements
+from fxopt.passes.quantize.costs import FLOAT, Costs, Width, WidthTable, converted_numbers, macs_of, weight_elements
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.layout import Layout
 from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
@@ -250,6 +250,7 @@ class WidthSearch:
             macs={layer.name: macs_of(layer.site, shapes) for layer in self.layers},
             elements={layer.name: weight_elements(layer.site) for layer in self.layers},
             noise=noise, target=self.target, costs=self.budget.costs,
+            converted={layer.name: converted_numbers(layer.site, shapes) for layer in self.layers},
         )  # fmt: skip
 
     def _quieter(self, table: WidthTable) -> list[tuple[int, ...]]:

@@ -18,7 +18,9 @@ from fxopt.errors import PassError, describe
 from fxopt.passes.quantize.placement import Site
 from fxopt.passes.quantize.target import ORT_CPU, Target
 
-__all__ = ["FLOAT", "Costs", "Width", "WidthTable", "macs_of", "relative_cost", "weight_elements"]
+__all__ = [
+    "FLOAT", "Costs", "Width", "WidthTable", "converted_numbers", "macs_of", "relative_cost", "weight_elements",
+]  # fmt: skip
 
 Width = int | str
 """Bits of a layer, or ``"float"``. Up to 8, the bits of its weight beside 8-bit activations; 16, of its activations."""
@@ -27,6 +29,9 @@ Costs = Mapping[str, Mapping[Width, float]]
 """Measured time by name of a layer and by width, in any one unit."""
 
 _INTEGER_COST = 0.5  # of a float layer's; measured times say better
+# To convert one number takes as long as so many multiply-accumulates of a float layer. (ORT 1.32, AVX-512, one thread:
+# 0.15 ns a number, 0.02 ns a multiply-accumulate)
+_CONVERSION = 8.0
 _SIZE_WEIGHT = 1e-3  # what all weights count beside all layers: it decides where the time is the same
 _BUCKETS = 10_000
 _CHOICES = 64
@@ -74,6 +79,7 @@ class WidthTable:
         noise: Mapping[str, Mapping[Width, float]],
         target: Target,
         costs: Costs | None,
+        converted: Mapping[str, float] | None = None,
     ) -> WidthTable:
         """Return the table.
 
@@ -86,13 +92,17 @@ class WidthTable:
             target: The runtime, which the cost depends on where it was not measured.
             costs: Measured times. A layer without any counts by its multiply-accumulates, at the mean time of one; a
                 width without any counts as 8 bits if it has fewer, else as float.
+            converted: How many numbers each layer reads and yields. Among layers in integers a float one needs them
+                converted, which the times of kernels leave out.
 
         Raises:
             PassError: a time is not a finite number above 0, or no layer has any.
         """
-        times = _times(layers, widths, macs, target, costs)
+        times, each = _times(layers, widths, macs, target, costs)
+        extra = [_CONVERSION * each * (converted or {}).get(name, 0.0) for name in layers]
+        times[:, [width == FLOAT for width in widths]] += np.array(extra)[:, None]
         bits = np.array([[elements[name] * _stored_bits(width) for width in widths] for name in layers])
-        whole = float(_times(layers, (FLOAT,), macs, target, costs).sum())
+        whole = float(_times(layers, (FLOAT,), macs, target, costs)[0].sum())
         size = 32 * sum(elements[name] for name in layers)
         powers = [[0.0 if width == FLOAT else _finite(noise[name][width]) for width in widths] for name in layers]
         cost = times / max(whole, 1e-30) + _SIZE_WEIGHT * bits / max(size, 1)
@@ -148,16 +158,22 @@ def _falling(noise: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np
 
 def macs_of(site: Site, shapes: Mapping[torch.fx.Node, torch.Size]) -> float:
     """Return the multiply-accumulates of a layer, on the shapes of a run; dynamic sizes count 1 if it did not run."""
-
-    def shape(node: torch.fx.Node) -> list[int]:
-        sizes = shapes.get(node, node.meta["val"].shape)
-        return [size if isinstance(size, int) else 1 for size in sizes]
-
     if site.is_convolution and site.weight is not None:
-        each = math.prod(shape(site.weight)[1:])
+        each = math.prod(_shape(site.weight, shapes)[1:])
     else:
-        each = shape(site.operands[0])[-1]
-    return float(math.prod(shape(site.node)) * each)
+        each = _shape(site.operands[0], shapes)[-1]
+    return float(math.prod(_shape(site.node, shapes)) * each)
+
+
+def converted_numbers(site: Site, shapes: Mapping[torch.fx.Node, torch.Size]) -> float:
+    """Return how many numbers a layer reads, its weight aside, and yields; sizes as in :func:`macs_of`."""
+    values = [operand for operand in site.operands if operand is not site.weight] + [site.node]
+    return float(sum(math.prod(_shape(value, shapes)) for value in values))
+
+
+def _shape(node: torch.fx.Node, shapes: Mapping[torch.fx.Node, torch.Size]) -> list[int]:
+    sizes = shapes.get(node, node.meta["val"].shape)
+    return [size if isinstance(size, int) else 1 for size in sizes]
 
 
 def weight_elements(site: Site) -> float:
@@ -167,7 +183,8 @@ def weight_elements(site: Site) -> float:
 
 def _times(
     layers: Sequence[str], widths: Sequence[Width], macs: Mapping[str, float], target: Target, costs: Costs | None
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+) -> tuple[np.ndarray[Any, np.dtype[np.float64]], float]:
+    """Return the time of each layer at each width, and that of one multiply-accumulate in float."""
     held = {} if costs is None else {name: costs[name] for name in layers if name in costs}
     for name, row in held.items():
         for width, time in row.items():
@@ -189,7 +206,7 @@ def _times(
         same = width if width in row else 8 if isinstance(width, int) and width <= 8 else FLOAT
         return row[same] if same in row else macs[name] * per_mac * relative_cost(width, target)
 
-    return np.array([[seconds(name, width) for width in widths] for name in layers], dtype=np.float64)
+    return np.array([[seconds(name, width) for width in widths] for name in layers], dtype=np.float64), per_mac
 
 
 def _stored_bits(width: Width) -> int:

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
     "quantization": "int8 beside the peers: score, error, latency, integer kernels, time and memory",
+    "quantization_budget": "int8 where the score may fall by 0.003: layers that stay float, score, speed",
     "viewer": "pages of graphs of 1,000 to 10,000 nodes in Chromium: time until ready, time of a frame",
     "weight_only_minilm": "a sentence net with weights of 8 to 2 bits: size, error, ranking, time",
     "zoo_table": "every model of the zoo from capture to proof: time, nodes, error",
