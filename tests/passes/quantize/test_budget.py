@@ -337,6 +337,17 @@ def test_layers_without_times_count_at_the_mean_time_of_a_multiply_accumulate():
     assert (table.cost * 40).tolist() == [[4.0, 10.0], [15.0, 30.0]]
 
 
+@pytest.mark.parametrize("costs", [None, {"a": {8: 10.0, "float": 40.0}, "b": {8: 4.0, "float": 10.0}}])
+def test_floats_among_integers_pay_for_conversions(costs):
+    given = {"macs": {"a": 400.0, "b": 100.0}, "elements": {"a": 0.0, "b": 0.0}, "target": ORT_CPU, "costs": costs}
+    given["noise"] = {"a": {8: 0.0}, "b": {8: 0.0}}
+    kernels = WidthTable.of(["a", "b"], (8, "float"), **given).cost
+    table = WidthTable.of(["a", "b"], (8, "float"), **given, converted={"a": 5.0, "b": 20.0})
+    # 20 multiply-accumulates for each number, of the 500 that all layers in float are
+    torch.testing.assert_close(torch.tensor(table.cost - kernels), torch.tensor([[0, 0.2], [0, 0.8]]).double())
+    assert table.named(table.cheapest()) == {"a": 8, "b": 8}
+
+
 def test_preparation_is_what_names_the_layers_of_costs():
     prepared = fxopt.optimize(fragile(), PREPARATION, strict=True)
     assert [n.name for n in prepared.graph.nodes if n.target is torch.ops.aten.conv2d.default] == [
