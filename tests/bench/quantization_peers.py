@@ -11,6 +11,7 @@ Written against nncf 3.4.0 and torchao 0.18.0 on torch 2.14.1, onnxruntime 1.32.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import nn
 import fxopt
 import fxopt.passes
 from fxopt.export import Session, to_onnx
+from fxopt.passes.quantize.recipe import Recipe
 from tests.zoo.real import Batch
 
 Quantize = Callable[[nn.Module, Sequence[Batch], Batch, dict[str, Any], Path], None]
@@ -53,12 +55,17 @@ def fp32(
 
 
 def with_fxopt(
-    model: nn.Module, batches: Sequence[Batch], example: Batch, dynamic_shapes: dict[str, Any], path: Path
+    model: nn.Module,
+    batches: Sequence[Batch],
+    example: Batch,
+    dynamic_shapes: dict[str, Any],
+    path: Path,
+    recipe: Recipe = "auto",
 ) -> None:
     """Quantize with fxopt's own pass."""
     gm = fxopt.optimize(
         model,
-        passes=[*fxopt.passes.DEFAULT, fxopt.passes.Quantize()],
+        passes=[*fxopt.passes.DEFAULT, fxopt.passes.Quantize(recipe=recipe)],
         example_inputs=example,
         dynamic_shapes=dynamic_shapes,
         calibration=batches,
@@ -216,4 +223,5 @@ TOOLS: dict[str, Tool] = {
     "nncf_fx": Tool("NNCF on FX → torch.onnx", nncf_fx, ("nncf",)),
     "pt2e": Tool("PT2E (x86 Inductor) → torch.onnx", pt2e, ("torchao",)),
     "fxopt": Tool("fxopt", with_fxopt),
+    "fxopt_accurate": Tool("fxopt, accurate", functools.partial(with_fxopt, recipe="accurate")),
 }
