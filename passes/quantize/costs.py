@@ -29,7 +29,7 @@ Costs = Mapping[str, Mapping[Width, float]]
 """Measured time by name of a layer and by width, in any one unit."""
 
 _INTEGER_COST = 0.5  # of a float layer's; measured times say better
-# To convert one number, and to turn it to another layout, takes as long as so many multiply-accumulates of a float layer.
+# To convert one number, and to turn it to another layout, takes as long as so many multiply-accumulates in float.
 # (ORT 1.32, AVX-512, one thread: 0.3 ns a number between convolutions in integers, 0.017 ns a multiply-accumulate.)
 _CONVERSION = 20.0
 _SIZE_WEIGHT = 1e-3  # what all weights count beside all layers: it decides where the time is the same

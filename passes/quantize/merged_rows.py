@@ -11,7 +11,7 @@ from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 
-__all__ = ["MergedRows", "first_rows", "merged_rows", "row_count"]
+__all__ = ["LeftOut", "MergedRows", "first_rows", "merged_rows", "row_count"]
 
 
 class MergedRows:
@@ -32,6 +32,22 @@ class MergedRows:
                 held = []
             held.append(sample)
         yield from merged_rows(self.gm, held)
+
+
+class LeftOut:
+    """Calibration inputs without those from one number on to before another.
+
+    To be iterated over as often as the data can be.
+    """
+
+    def __init__(self, gm: CapturedModule, data: Any, start: int, stop: int) -> None:
+        self.gm, self.data, self.start, self.stop = gm, data, start, stop
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yield the samples."""
+        for number, sample in enumerate(calibration_samples(self.gm, self.data)):
+            if not self.start <= number < self.stop:
+                yield sample
 
 
 def row_count(sample: Sample) -> int:

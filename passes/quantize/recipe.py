@@ -27,7 +27,7 @@ from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.gptq import Gptq
-from fxopt.passes.quantize.merged_rows import MergedRows, first_rows, merged_rows
+from fxopt.passes.quantize.merged_rows import LeftOut, MergedRows, first_rows, merged_rows
 from fxopt.passes.quantize.no_gain import layers_without_gain
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
@@ -149,11 +149,15 @@ class Search:
     def _rounded(
         self, best: Candidate, learn: list[Sample], measure: list[Sample], want: list[list[torch.Tensor]]
     ) -> Candidate:
-        start = best
+        start, given = best, best.gm.calibration
         means = channel_means(start.gm, self.target, learn)  # of the float weights: that is what biases are to restore
         rounding = Gptq(plan=start.plan), AdaRound(plan=start.plan), AdaRound(plan=start.plan, asymmetric=False)
         for item in rounding:
-            changed = item(start.gm)
+            start.gm.calibration = self._not_measured(start.gm)
+            try:
+                changed = item(start.gm)
+            finally:
+                start.gm.calibration = given
             if changed.modified:
                 changed.gm.recompile()
                 name = "adaround, to its own float weights" if item == rounding[2] else item.name
@@ -215,9 +219,17 @@ class Search:
             no_saturation=self.no_saturation,
         )
 
+    def _held(self, gm: CapturedModule) -> list[Sample]:
+        return list(first_rows(calibration_samples(gm, calibration_of(gm)), 2 * _TRIED_ROWS))
+
     def _samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return samples to learn from and samples to measure on; the same ones if there is only one."""
-        held = list(first_rows(calibration_samples(self.gm, calibration_of(self.gm)), 2 * _TRIED_ROWS))
+        held = self._held(self.gm)
         middle = (len(held) + 1) // 2
         learn, measure = held[:middle], held[middle:] or held
         return merged_rows(self.gm, learn), merged_rows(self.gm, measure)
+
+    def _not_measured(self, gm: CapturedModule) -> LeftOut:
+        """Return the calibration inputs that a way may learn from if it could learn what it is measured on by heart."""
+        count = len(self._held(gm))
+        return LeftOut(gm, calibration_of(gm), (count + 1) // 2, count)
