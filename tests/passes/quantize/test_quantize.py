@@ -11,6 +11,7 @@ from fxopt import CalibrationError, PassError
 from fxopt.export import coverage, to_onnx, validate
 from fxopt.numerics import measure
 from fxopt.passes import CorrectBias, EqualizeChannels, InsertQdq, Quantize, QuantPlan
+from fxopt.passes.quantize import recipe as recipe_module
 from fxopt.passes.quantize.merged_rows import MergedRows, merged_rows
 from fxopt.passes.quantize.quantize import PREPARATION
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
@@ -107,6 +108,27 @@ def test_buffers_that_a_model_writes_are_as_they_were(recipe):
     want = copy.deepcopy(model)(IMAGES)  # the graph has the model's buffers
     assert measure(want, small(IMAGES)).sqnr_db > 25
     assert small.calls == 1
+
+
+def test_learned_rounding_never_sees_the_inputs_that_it_is_measured_on(monkeypatch):
+    seen = []
+
+    class Spy(fxopt.Pass):
+        name = "spy"
+
+        def __init__(self, **options):
+            pass
+
+        def run(self, rw):
+            seen.append([int(sample.args[0][row, 0, 0, 0]) for sample in rw.gm.calibration for row in range(16)])
+
+    for name in ("Gptq", "AdaRound"):
+        monkeypatch.setattr(recipe_module, name, Spy)
+    numbered = torch.randn(80, 3, 8, 8)
+    numbered[:, 0, 0, 0] = torch.arange(80.0)
+    loader = [(rows,) for rows in numbered.split(4)]
+    fxopt.optimize(residual(), [Quantize(recipe="accurate")], calibration=loader, strict=True)
+    assert seen == [[*range(32), *range(64, 80)]] * 3  # the recipe measures on rows 32 to 63
 
 
 def test_a_graph_in_train_mode_is_refused():
