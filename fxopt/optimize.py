@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,7 @@ def optimize(
     example_inputs: Any = None,
     *,
     dynamic_shapes: Any = None,
+    modes: Literal["both", "current"] = "both",
     calibration: Any = None,
     strict: bool = False,
     check: Check = "all",
@@ -38,6 +39,7 @@ def optimize(
             text. If not given, ``fxopt.passes.DEFAULT``: the lossless clean-up.
         example_inputs: See :func:`fxopt.capture`.
         dynamic_shapes: See :func:`fxopt.capture`.
+        modes: See :func:`fxopt.capture`; ``"current"`` saves half of the tracing where the graph is only to be deployed.
         calibration: Inputs that passes may measure on: any iterable of tensors, tuples, dicts or ``(input, label)``
             pairs, of any batch size that the graph allows, or a function that returns one. The example inputs are
             taken if not given.
@@ -55,7 +57,7 @@ def optimize(
         passes = importlib.import_module("fxopt.passes").DEFAULT
     # A misspelt pass must fail before minutes of tracing, so the list is read first.
     manager = PassManager(passes, strict=strict, check=check, keep_graphs=keep_graphs, progress=progress)
-    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes, modes=modes)
     if calibration is not None:
         gm = gm.clone()  # a graph that was given captured is the user's
         gm.calibration = calibration

@@ -50,7 +50,7 @@ def fp32(
     model: nn.Module, batches: Sequence[Batch], example: Batch, dynamic_shapes: dict[str, Any], path: Path
 ) -> None:
     """Export as it is, after fxopt's default passes."""
-    gm = fxopt.optimize(model, example_inputs=example, dynamic_shapes=dynamic_shapes, check="off")
+    gm = fxopt.optimize(model, None, example, dynamic_shapes=dynamic_shapes, modes="current", check="off")
     to_onnx(gm, path, validate=False)
 
 
@@ -66,6 +66,7 @@ def with_fxopt(
     gm = fxopt.optimize(
         model,
         passes=[*fxopt.passes.DEFAULT, fxopt.passes.Quantize(recipe=recipe)],
+        modes="current",  # the peers trace evaluation alone, too
         example_inputs=example,
         dynamic_shapes=dynamic_shapes,
         calibration=batches,

@@ -171,6 +171,15 @@ def test_what_only_training_needs_is_frozen_away() -> None:
     assert aten.tanh.default not in targets
 
 
+def test_optimize_traces_the_current_mode_alone_if_asked() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).eval(), torch.randn(2, 3)
+    assert fxopt.optimize(net, [], x).modes == "both"
+    graph = fxopt.optimize(net, [], x, modes="current")
+    assert graph.modes == "eval"
+    with pytest.raises(fxopt.ModeError, match="captured with modes='current'"):
+        graph.train()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_current_mode_alone(training: bool) -> None:
     model = Classifier().train(training)
