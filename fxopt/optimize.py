@@ -39,7 +39,7 @@ def optimize(
             text. If not given, ``fxopt.passes.DEFAULT``: the lossless clean-up.
         example_inputs: See :func:`fxopt.capture`.
         dynamic_shapes: See :func:`fxopt.capture`.
-        modes: See :func:`fxopt.capture`; ``"current"`` saves half of the tracing where the graph is only to be deployed.
+        modes: See :func:`fxopt.capture`; ``"current"`` saves half of the tracing of what is only to be deployed.
         calibration: Inputs that passes may measure on: any iterable of tensors, tuples, dicts or ``(input, label)``
             pairs, of any batch size that the graph allows, or a function that returns one. The example inputs are
             taken if not given.
