@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -101,6 +101,7 @@ def place(
     bits: int = 8,
     weight_bits: int | None = None,
     skip: Sequence[str] = (),
+    floats: Collection[str] = (),
 ) -> QuantPlan:
     """Return the plan, without scales, that lets ``target`` compute most of ``gm`` in integers.
 
@@ -110,6 +111,7 @@ def place(
         bits: Width of activations.
         weight_bits: Width of weights; as activations, but at most 8, if not given.
         skip: Patterns of what stays float: names of calls, of parameters (``"features.0.*"``) or of modules.
+        floats: Names of calls that stay float, besides.
 
     Raises:
         PassError: a pattern fits nothing that has an integer kernel.
@@ -123,7 +125,8 @@ def place(
         found = list(integer_sites(module.graph, target, notes, prefix))
         left = {site.node: names for site in found if (names := _fitting(site, skip, prefix))}
         unused -= {pattern for names in left.values() for pattern in names}
-        placed = _Placement(module, target, prefix, [site for site in found if site.node not in left])
+        kept = [site for site in found if site.node not in left and prefix + site.node.name not in floats]
+        placed = _Placement(module, target, prefix, kept)
         specs |= placed.specs(bits, min(bits, 8) if weight_bits is None else weight_bits)
     if unused:
         raise PassError(

@@ -195,8 +195,8 @@ class Quantize(LossyPass):
     def _plan(self, gm: CapturedModule, floats: Sequence[str] = ()) -> QuantPlan:
         if self.plan is not None:
             return self.plan
-        target = TARGETS[self.target]
-        return place(gm, target, bits=self.bits, weight_bits=self.weight_bits, skip=(*self.skip, *floats))
+        bits, weight_bits = self.bits, self.weight_bits
+        return place(gm, TARGETS[self.target], bits=bits, weight_bits=weight_bits, skip=self.skip, floats=floats)
 
 
 def _several_processes() -> bool:

@@ -10,9 +10,7 @@ medians, the ratio is the median over neighbours.
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.export import Session, to_onnx
 from fxopt.passes import Quantize
+from tests.bench.in_turn import in_turn
 from tests.bench.zoo_table import write_row
 
 RUNS = 200
@@ -48,15 +47,7 @@ def compare(net: nn.Module, x: Tensor, layer: str, folder: Path, runs: int) -> t
         path = folder / f"{name}.onnx"
         to_onnx(small, path, validate=False)
         sessions.append(Session(path, threads=1))
-    feeds = {sessions[0].ort.get_inputs()[0].name: x.numpy()}
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(runs):
-        for which in (0, 1) if run % 2 else (1, 0):
-            started = time.perf_counter()
-            sessions[which].ort.run(None, feeds)
-            times[which].append((time.perf_counter() - started) * 1e6)
-    ratio = statistics.median(integers / floats for integers, floats in zip(*times, strict=True))
-    return statistics.median(times[0]), statistics.median(times[1]), ratio
+    return in_turn(sessions, x, runs)
 
 
 def main(console: Console | None = None, *, quick: bool = False, **unused: object) -> None:

@@ -9,9 +9,7 @@ neighbours. Inputs are normal, so that half of what PRelu reads is negative, as 
 
 from __future__ import annotations
 
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.export import Session, to_onnx
 from fxopt.export.dtypes import Runtime
+from tests.bench.in_turn import in_turn
 from tests.bench.zoo_table import write_row
 
 RUNS = 300
@@ -55,15 +54,7 @@ def microseconds(function: Callable[..., Any], x: Tensor, folder: Path, runs: in
         path = folder / f"{runtime}.onnx"
         to_onnx(gm, path, runtime=runtime, validate=runtime == "ort-cpu")
         sessions.append(Session(path, threads=1))
-    times: tuple[list[float], list[float]] = ([], [])
-    feeds = {sessions[0].ort.get_inputs()[0].name: x.numpy()}
-    for run in range(runs):
-        for which in (0, 1) if run % 2 else (1, 0):
-            started = time.perf_counter()
-            sessions[which].ort.run(None, feeds)
-            times[which].append((time.perf_counter() - started) * 1e6)
-    ratio = statistics.median(one / ours for one, ours in zip(*times, strict=True))
-    return statistics.median(times[0]), statistics.median(times[1]), ratio
+    return in_turn(sessions, x, runs)
 
 
 def main(console: Console | None = None, *, quick: bool = False, **unused: Any) -> None:
