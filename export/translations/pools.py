@@ -93,11 +93,11 @@ def _is_quantized_behind_floats(emit: Emitter) -> bool:
     if emit.runtime != "ort-cpu" or not any(user.target is QUANTIZE for user in emit.node.users):
         return False
     source = emit.node
-    while source.op == "call_function" and source.target not in CONVOLUTIONS:
-        if source.target is DEQUANTIZE:
+    while source.target not in CONVOLUTIONS:
+        if source.target is DEQUANTIZE or not source.all_input_nodes:
             return False
         source = source.all_input_nodes[0]
-    return source.target in CONVOLUTIONS
+    return True
 
 
 def _maximum_of(emit: Emitter, x: Value) -> tuple[Value, Value] | None:

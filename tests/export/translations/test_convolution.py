@@ -121,6 +121,19 @@ def test_a_pool_of_floats_is_quantized_behind_it_by_ort_too(skip, pooled, tmp_pa
         assert found.index("MaxPool") < found.index("QuantizeLinear")
 
 
+def test_a_pool_of_what_no_layer_made_is_quantized_as_it_stands():
+    class Drawn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x):
+            return self.conv(F.max_pool2d(torch.rand(1, 3, 8, 8), 2)).relu() * x
+
+    gm = fxopt.optimize(Drawn().eval(), [Quantize(recipe="fast")], torch.randn(1), check="off", strict=True)
+    assert "Max" not in op_types(to_onnx(gm, validate=False))
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_max_pool_indices_count_within_a_channel(rank):
     prove((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](2, return_indices=True), torch.randn(3, 4, *SIZES[rank]))
