@@ -9,8 +9,9 @@ import torch
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype
+from fxopt.export.translations.quantized import is_quantized
 from fxopt.export.translations.reduce import reduced
-from fxopt.quantized_ops import DEQUANTIZE, QUANTIZE
+from fxopt.quantized_ops import DEQUANTIZE
 
 aten = torch.ops.aten
 
@@ -72,10 +73,9 @@ def _ends_integers(emit: Emitter) -> bool:
     ORT would take Gemm and Relu for one kernel of floats before it looks for one of integers.
     """
     source = emit.node.args[0] if emit.node is not None and emit.runtime == "ort-cpu" else None
-    if not isinstance(source, torch.fx.Node) or source.target not in _GEMM or emit.node is None:
+    if not isinstance(source, torch.fx.Node) or source.target not in _GEMM or is_quantized(emit):
         return False
-    integers = all(operand.target is DEQUANTIZE for operand in source.all_input_nodes)
-    return integers and not any(user.target is QUANTIZE for user in emit.node.users)
+    return all(operand.target is DEQUANTIZE for operand in source.all_input_nodes)
 
 
 @translates(aten.relu6.default)

@@ -11,9 +11,9 @@ import torch
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.translations.elementwise import out_dtype
+from fxopt.export.translations.quantized import is_quantized
 from fxopt.export.translations.reduce import norm_value
 from fxopt.export.translations.shape import out_dims
-from fxopt.quantized_ops import QUANTIZE
 
 aten = torch.ops.aten
 
@@ -36,8 +36,7 @@ def _integer_product(emit: Emitter, x: Value, weight: Value, bias: Value | None)
     ORT finds it by itself, but not the addition behind it. Where a quantizer reads the result, it finds a better one.
     """
     left, right = x.producer(), weight.producer()
-    quantized = emit.node is not None and any(user.target is QUANTIZE for user in emit.node.users)
-    if quantized or left is None or right is None or bias is None or tensor_of(bias) is None:
+    if is_quantized(emit) or left is None or right is None or bias is None or tensor_of(bias) is None:
         return None
     if left.op_type != "DequantizeLinear" or right.op_type != "DequantizeLinear" or dtype_of(bias) != torch.float32:
         return None

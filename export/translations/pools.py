@@ -13,9 +13,10 @@ from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
 from fxopt.export.translations.convolution import Pair, batched, spread
 from fxopt.export.translations.pad import pad_value
+from fxopt.export.translations.quantized import is_quantized
 from fxopt.export.translations.shape import out_dims
 from fxopt.layer_operators import CONVOLUTIONS
-from fxopt.quantized_ops import DEQUANTIZE, QUANTIZE
+from fxopt.quantized_ops import DEQUANTIZE
 
 aten = torch.ops.aten
 
@@ -70,12 +71,17 @@ def _max_pool(
     return tuple(emit("Squeeze", result, [0]) for result in results) if lonely else results
 
 
+def _spatial(emit: Emitter) -> int:
+    """Return how many axes the pool of the current node slides along."""
+    assert emit.node is not None
+    return int(str(emit.node.target).split("pool")[1][0])
+
+
 @translates(aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 def max_pool(
     emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> Value:
-    assert emit.node is not None
-    spatial = int(str(emit.node.target).split("pool")[1][0])
+    spatial = _spatial(emit)
     shrinks = max(spread(stride or kernel, spatial)) > 1
     # Of a window of maxima the largest is the maximum of both windows' largest, and behind the pool there are fewer.
     parts = (_maximum_of(emit, x) if shrinks else None) or (x,)
@@ -90,7 +96,7 @@ def max_pool(
 def _is_quantized_behind_floats(emit: Emitter) -> bool:
     """Return whether the current node's result is quantized, and a layer of floats stands in front of it."""
     assert emit.node is not None
-    if emit.runtime != "ort-cpu" or not any(user.target is QUANTIZE for user in emit.node.users):
+    if emit.runtime != "ort-cpu" or not is_quantized(emit):
         return False
     source = emit.node
     while source.target not in CONVOLUTIONS:
@@ -123,8 +129,7 @@ def max_pool_with_indices(
     emit: Emitter, x: Value, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> tuple[Value, Value]:
     """ONNX counts through the whole tensor, PyTorch through one channel."""
-    assert emit.node is not None
-    spatial = int(str(emit.node.target).split("pool")[1][0])
+    spatial = _spatial(emit)
     pooled, position = _max_pool(emit, x, spatial, kernel, stride, padding, dilation, ceil_mode, True)
     plane = product(dims(x)[rank(x) - spatial :])
     return pooled, emit("Mod", position, plane)
@@ -217,8 +222,7 @@ def avg_pool(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Value:
-    assert emit.node is not None
-    spatial = int(str(emit.node.target).split("pool")[1][0])
+    spatial = _spatial(emit)
     return _avg_pool(emit, x, spatial, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
 
 
@@ -228,8 +232,7 @@ def avg_pool(
 @translates(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default,
             aten._adaptive_avg_pool2d.default, aten._adaptive_avg_pool3d.default)  # fmt: skip
 def adaptive_avg_pool(emit: Emitter, x: Value, output_size: Pair) -> Value:
-    assert emit.node is not None
-    spatial = int(str(emit.node.target).split("pool")[1][0])
+    spatial = _spatial(emit)
     outs = list(out_dims(emit)[rank(x) - spatial :])
     sizes = list(dims(x)[rank(x) - spatial :])
     if outs == sizes:
@@ -279,8 +282,7 @@ def _window_weights(emit: Emitter, size: Size, out: Size) -> Value:
 
 @translates(aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 def adaptive_max_pool(emit: Emitter, x: Value, output_size: Pair) -> tuple[Value | None, ...]:
-    assert emit.node is not None
-    spatial = int(str(emit.node.target).split("pool")[1][0])
+    spatial = _spatial(emit)
     sizes, outs = dims(x)[rank(x) - spatial :], spread(output_size, spatial)
     if outs == [1] * spatial and not all(isinstance(size, int) for size in sizes):
         pooled = batched(emit, x, spatial, lambda batch: emit("GlobalMaxPool", batch))

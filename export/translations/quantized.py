@@ -14,6 +14,11 @@ _WIDE = frozenset({torch.int16, torch.uint16})
 _FIRST_OPSET_WITH_WIDE = 21
 
 
+def is_quantized(emit: Emitter) -> bool:
+    """Return whether a quantizer reads the result of the current node."""
+    return emit.node is not None and any(user.target is QUANTIZE for user in emit.node.users)
+
+
 @translates(QUANTIZE)
 def quantize(emit: Emitter, x: Value, scale: Value, zero_point: Value, axis: int, qmin: int, qmax: int) -> Value:
     """ONNX saturates at the ends of the integer type; a narrower range is cut off in front of it."""

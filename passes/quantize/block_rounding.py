@@ -10,6 +10,7 @@ Transformers, ICLR 2023; groups of columns with scales of their own: section 4, 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,9 +48,7 @@ def rounded_by_gptq(
     Raises:
         CalibrationError: the data are empty or do not fit the graph.
     """
-    readers: dict[str, int] = {}
-    for use, _ in uses:
-        readers[str(use.read.target)] = readers.get(str(use.read.target), 0) + 1
+    readers = Counter(id(held) for _, held in uses)  # by what is stored: a matrix may have several names
     walk = Walk(gm, items_within(gm, data, megabytes), [])
     found: dict[MatrixUse, BlockWeight] = {}
     with torch.no_grad():
@@ -57,7 +56,7 @@ def rounded_by_gptq(
             walk.advance(use.call, past=False)
             matrix = walk.values(use.operand)[0]
             settled = held
-            if use.call.target in INPUT and readers[str(use.read.target)] == 1:
+            if use.call.target in INPUT and readers[id(held)] == 1:
                 hessian = _hessian(walk.values(use.input))
                 settled = gptq_blocks(use.as_read(matrix), held, hessian, damping=damping)
                 found[use] = settled

@@ -63,7 +63,7 @@ class CorrectBias(PlannedPass):
 
 def channel_means(gm: CapturedModule, target: Target, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Return the mean of each channel of each layer in the float graph, f64[channels] by node name."""
-    layers = {site.node: site for site in integer_sites(gm.graph, target, {}) if _is_layer(site)}
+    layers = {site.node: site for site in integer_sites(gm.graph, target, {}) if site.is_layer}
     means: dict[str, torch.Tensor] = {}
 
     def note(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -83,7 +83,7 @@ def corrections(
 
     def correct(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
         site = simulation.layout.sites.get(node)
-        if site is None or not _is_layer(site):
+        if site is None or not site.is_layer:
             return values
         shift = (means[node.name] - _channel_mean(site, values)).float()
         shifts[node.name] = shift
@@ -98,10 +98,6 @@ def shift_biases(rw: Rewriter, simulation: Simulation, shifts: Mapping[str, torc
     for site in simulation.layout.sites.values():
         if site.node.name in shifts:
             _shift_bias(rw, site, shifts[site.node.name])
-
-
-def _is_layer(site: Site) -> bool:
-    return site.kernel.heavy and site.weight is not None
 
 
 def _channel_mean(site: Site, values: list[torch.Tensor]) -> torch.Tensor:

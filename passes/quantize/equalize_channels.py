@@ -154,7 +154,7 @@ def power_of_two(wanted: torch.Tensor) -> torch.Tensor:
 
 def junctions(rw: Rewriter, module: torch.fx.GraphModule) -> Iterator[Junction]:
     """Yield the layers whose channels other layers, and nothing else, read one by one."""
-    sites = {s.node: s for s in integer_sites(module.graph, GENERIC, {}) if s.kernel.heavy and s.weight is not None}
+    sites = {s.node: s for s in integer_sites(module.graph, GENERIC, {}) if s.is_layer}
     for site in sites.values():
         value = _through_homogeneous(site.node)
         readers = [sites.get(user) for user in value.users]

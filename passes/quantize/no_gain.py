@@ -36,7 +36,7 @@ def layers_without_gain(gm: CapturedModule, plan: QuantPlan, target: Target) -> 
         target: The runtime.
     """
     layouts = [(prefix, Layout(graph, plan, target, prefix)) for graph, prefix in path_of(gm).items()]
-    heavy = [(prefix, layout, site) for prefix, layout in layouts for site in layout.sites.values() if _is_layer(site)]
+    heavy = [(prefix, layout, site) for prefix, layout in layouts for site in layout.sites.values() if site.is_layer]
     behind = {layout: _behind_integers(layout) for _, layout in layouts}
     work = {site.node: macs_of(site, {}) for _, _, site in heavy}
     left = _NEGLIGIBLE * sum(work.values())
@@ -52,10 +52,6 @@ def layers_without_gain(gm: CapturedModule, plan: QuantPlan, target: Target) -> 
             left -= work[site.node]
             found[prefix + site.node.name] = f"{work[site.node]:,.0f} multiply-accumulates in all"
     return found
-
-
-def _is_layer(site: Site) -> bool:
-    return site.kernel.heavy and site.weight is not None
 
 
 def _is_alone(layout: Layout, site: Site) -> bool:

@@ -63,6 +63,11 @@ class Site:
         return "conv" in str(self.node.target)
 
     @property
+    def is_layer(self) -> bool:
+        """Whether the call is heavy and multiplies by a constant weight."""
+        return self.kernel.heavy and self.weight is not None
+
+    @property
     def groups(self) -> int:
         """The groups of a convolution; 1 for everything else."""
         return int(arg(self.node, "groups")) if self.is_convolution else 1

@@ -123,9 +123,8 @@ class Search:
         slow = layers_without_gain(self.gm, best.plan, self.target)
         if slow:
             tried = self._tried(self.gm, make_plan(self.gm, tuple(slow)), methods, learn, measure, want, "floats, ")
-            less = self._better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
-            slow = slow if less is tried else {}
-            best = less
+            best = self._better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
+            slow = slow if best is tried else {}
         for item in self._transformations(recipe, methods[0]):
             changed = item(best.gm)
             if not changed.modified:
@@ -150,10 +149,11 @@ class Search:
         self, best: Candidate, learn: list[Sample], measure: list[Sample], want: list[list[torch.Tensor]]
     ) -> Candidate:
         start, given = best, best.gm.calibration
+        apart = self._not_measured(start.gm)
         means = channel_means(start.gm, self.target, learn)  # of the float weights: that is what biases are to restore
         rounding = Gptq(plan=start.plan), AdaRound(plan=start.plan), AdaRound(plan=start.plan, asymmetric=False)
         for item in rounding:
-            start.gm.calibration = self._not_measured(start.gm)
+            start.gm.calibration = apart
             try:
                 changed = item(start.gm)
             finally:
