@@ -187,6 +187,10 @@ def _layer(runs: KernelRuns) -> Kernel | None:
     operands = [node.inputs[place] for place in kernel.operands]
     constants = [value is not None and is_constant(value) for value in operands]
     layer = "matmul" if kernel.layer == "linear" and not any(constants) else kernel.layer
+    if runs.origin.layer == "conv":
+        if layer != "linear":
+            return None  # what moves the numbers that the layer adds up
+        layer = "conv"
     if layer == "add" and (any(constants) or any(call.unequal(kernel.operands) for call in runs.calls)):
         return None
     if layer in _LIGHT and runs.numbers not in _COUNTED:

@@ -17,7 +17,7 @@ from fxopt.errors import ExportError, describe
 from fxopt.export.coverage_table import Call, Shape
 from fxopt.export.files import OnnxFile, load_model, save_model
 from fxopt.export.finish import bodies_of
-from fxopt.export.origins import source_of
+from fxopt.export.origins import WRITTEN_FOR, source_of
 from fxopt.export.session import Session
 
 __all__ = ["Inputs", "KernelRuns", "Origin", "drawn_inputs", "kernel_times", "profiled"]
@@ -49,12 +49,14 @@ class Origin:
         name: Name in the fx graph, or of the ONNX node.
         source: The user's line, "" if the file does not tell.
         before: What made its first input in the model, as "Relu"; "" for an input or a constant.
+        layer: The layer that it stands for together with other nodes, as "conv"; "" if it stands for itself.
         has_float_weight: Whether it is a Conv or Gemm with a constant weight that the model does not quantize.
     """
 
     name: str = ""
     source: str = ""
     before: str = ""
+    layer: str = ""
     has_float_weight: bool = False
 
 
@@ -231,6 +233,7 @@ def _marked(model: ir.Model) -> Callable[[ir.Node], Origin]:
             node.metadata_props.get("fxopt.node") or node.name or "",
             source_of(node),
             "" if first is None else first.op_type,
+            node.metadata_props.get(WRITTEN_FOR, ""),
             node.op_type in ("Conv", "Gemm") and node.inputs[1] is not None and node.inputs[1].is_initializer(),
         )
         origins.append(origin)

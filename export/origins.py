@@ -8,7 +8,10 @@ import onnx_ir as ir
 
 from fxopt.args import location_in
 
-__all__ = ["scopes_of", "source_of"]
+__all__ = ["WRITTEN_FOR", "scopes_of", "source_of"]
+
+WRITTEN_FOR = "fxopt.layer"
+"""Key of the layer, as "conv", that several nodes of other operators stand for."""
 
 
 def source_of(node: ir.Node) -> str:

@@ -10,6 +10,8 @@ import torch
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size
+from fxopt.export.translations.integer_product import integer_convolution
+from fxopt.export.translations.quantized import is_quantized
 
 aten = torch.ops.aten
 Pair = int | Sequence[int]
@@ -48,6 +50,12 @@ def conv(
         pads = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
         pads = spread(padding, spatial) * 2
+    strides = spread(stride, spatial)
+    # Where a quantizer reads the result, ORT has a kernel from integers to integers.
+    if groups == 1 and rank(x) == spatial + 2 and not is_quantized(emit, behind_limits=True):
+        product = integer_convolution(emit, x, weight, bias, strides=strides, pads=pads, dilations=dilations)
+        if product is not None:
+            return product
     return batched(
         emit,
         x,
@@ -58,7 +66,7 @@ def conv(
             weight,
             bias,
             kernel_shape=kernel,
-            strides=spread(stride, spatial),
+            strides=strides,
             pads=pads,
             dilations=dilations,
             group=groups,

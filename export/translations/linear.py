@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import onnx_ir as ir
 import torch
 
-from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, tensor_of
+from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.translations.elementwise import out_dtype
+from fxopt.export.translations.integer_product import integer_product
 from fxopt.export.translations.quantized import is_quantized
 from fxopt.export.translations.reduce import norm_value
 from fxopt.export.translations.shape import out_dims
@@ -24,29 +24,11 @@ def linear(emit: Emitter, x: Value, weight: Value, bias: Value | None) -> Value:
     if rank(x) == 2 and rank(weight) == 2 and dtype_of(x).is_floating_point:
         return emit("Gemm", x, weight, bias, transB=1)
     turned = emit.transpose(weight, list(reversed(range(rank(weight)))))
-    if (integers := _integer_product(emit, x, turned, bias)) is not None:
-        return integers
+    # Without a bias ORT finds the product by itself. Where a quantizer reads the result, it finds a better one.
+    if bias is not None and not is_quantized(emit) and (found := integer_product(emit, x, turned, bias)) is not None:
+        return found
     product = emit("MatMul", x, turned)
     return product if bias is None else emit("Add", product, bias)
-
-
-def _integer_product(emit: Emitter, x: Value, weight: Value, bias: Value | None) -> Value | None:
-    """Return the product of dequantized integers, with its bias, as the one node that ORT has for it; None if unfit.
-
-    ORT finds it by itself, but not the addition behind it. Where a quantizer reads the result, it finds a better one.
-    """
-    left, right = x.producer(), weight.producer()
-    if is_quantized(emit) or left is None or right is None or bias is None or tensor_of(bias) is None:
-        return None
-    if left.op_type != "DequantizeLinear" or right.op_type != "DequantizeLinear" or dtype_of(bias) != torch.float32:
-        return None
-    (a, a_scale, a_zero), (b, b_scale, b_zero) = left.inputs, right.inputs
-    if a is None or b is None or dtype_of(a) != torch.uint8 or dtype_of(b) != torch.int8:
-        return None
-    operands = (a, b, a_scale, b_scale, a_zero, b_zero, bias)
-    product = emit("MatMulIntegerToFloat", *operands, domain="com.microsoft")
-    product.type = ir.TensorType(ir.DataType.FLOAT)
-    return product
 
 
 @translates(

@@ -10,13 +10,24 @@ from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import translates
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 
+aten = torch.ops.aten
+
+_LIMITS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default,
+                     aten.clamp_min.default})  # fmt: skip
 _WIDE = frozenset({torch.int16, torch.uint16})
 _FIRST_OPSET_WITH_WIDE = 21
 
 
-def is_quantized(emit: Emitter) -> bool:
-    """Return whether a quantizer reads the result of the current node."""
-    return emit.node is not None and any(user.target is QUANTIZE for user in emit.node.users)
+def is_quantized(emit: Emitter, *, behind_limits: bool = False) -> bool:
+    """Return whether a quantizer reads the result of the current node, or of a limit such as relu behind it."""
+    return emit.node is not None and _is_quantized(emit.node, behind_limits)
+
+
+def _is_quantized(node: torch.fx.Node, behind_limits: bool) -> bool:
+    return any(
+        user.target is QUANTIZE or (behind_limits and user.target in _LIMITS and _is_quantized(user, True))
+        for user in node.users
+    )
 
 
 @translates(QUANTIZE)
