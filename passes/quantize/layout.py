@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from fxopt.args import arg, shape
@@ -47,7 +49,7 @@ class Layout:
     def _is_integer(self, site: Site) -> bool:
         if any(operand not in self.specs for operand in site.operands):
             return False
-        if site.kernel.output == "required" and site.result not in self.specs:
+        if site.output == "required" and site.result not in self.specs:
             self.refused[site.node] = "its result is not in the plan, and the kernel needs it in integers"
             return False
         bias = bias_of(site)
@@ -61,7 +63,7 @@ class Layout:
     def readers(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """Return who reads the integers of a value: everyone if an integer kernel made them, else the kernels."""
         site = self.results.get(node)
-        if (site is not None and site.kernel.output == "required") or node in self.moves:
+        if (site is not None and site.output != "optional") or node in self.moves:
             return list(node.users)
         return [
             user
@@ -69,18 +71,25 @@ class Layout:
             if user in self.moves or (user in self.sites and node in self.sites[user].operands)
         ]
 
+    def is_read_as_integers(self, site: Site) -> bool:
+        """Return whether an integer kernel reads the result of a call, or what is moved of it."""
+        return any(user in self.sites for user in self._readers_behind_moves(site.result))
+
+    def _readers_behind_moves(self, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
+        for user in node.users:
+            if user in self.moves:
+                yield from self._readers_behind_moves(user)
+            else:
+                yield user
+
     def keeps_float_bias(self, site: Site) -> bool:
         """Return whether the bias of a layer is added to floats.
 
-        ONNX Runtime computes a linear layer of more than two axes, whose result stays float, by
+        ONNX Runtime computes a linear layer of more than two axes and a convolution, whose result stays float, by
         ``MatMulIntegerToFloat``, and that takes a float bias.
         """
-        return (
-            site.node.target is aten.linear.default
-            and len(shape(site.node)) > 2
-            and site.result not in self.specs
-            and not self.target.signed_activations
-        )
+        product = site.is_convolution or (site.node.target is aten.linear.default and len(shape(site.node)) > 2)
+        return product and site.result not in self.specs and not self.target.signed_activations
 
     def stands_for_limits(self, site: Site, spec: QuantSpec) -> bool:
         """Return whether the integers of ``spec`` cannot leave the limits between a call and its result."""

@@ -11,7 +11,6 @@ with the channels last there, and to turn them around costs more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -60,7 +59,7 @@ def _is_alone(layout: Layout, site: Site) -> bool:
     while source in layout.moves and (moved := move_source(source, layout.target)) is not None:
         source = moved
     computed = source in layout.results and source in layout.specs
-    return not computed and not any(user in layout.sites for user in _readers(layout, site.result))
+    return not computed and not layout.is_read_as_integers(site)
 
 
 def _behind_integers(layout: Layout) -> set[torch.fx.Node]:
@@ -70,12 +69,3 @@ def _behind_integers(layout: Layout) -> set[torch.fx.Node]:
         if node in layout.sites or any(operand in found for operand in node.all_input_nodes):
             found.add(node)
     return found
-
-
-def _readers(layout: Layout, node: torch.fx.Node) -> Iterator[torch.fx.Node]:
-    """Yield who reads a value, those behind moves of it included."""
-    for user in node.users:
-        if user in layout.moves:
-            yield from _readers(layout, user)
-        else:
-            yield user

@@ -20,7 +20,7 @@ from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.passes.quantize.shared_scales import Bounds, bounds_of, shared_scales
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
-from fxopt.passes.quantize.target import Kernel, Target
+from fxopt.passes.quantize.target import Kernel, Output, Target
 
 __all__ = [
     "Site",
@@ -71,6 +71,12 @@ class Site:
     def groups(self) -> int:
         """The groups of a convolution; 1 for everything else."""
         return int(arg(self.node, "groups")) if self.is_convolution else 1
+
+    @property
+    def output(self) -> Output:
+        """Whether its result must, should or need not be requantized; windows of one group alone are a matrix."""
+        windows = self.weight is not None and self.groups == 1 and len(shape(self.node)) == len(shape(self.weight))
+        return "required" if self.kernel.output == "preferred" and not windows else self.kernel.output
 
     def limits(self, target: Target) -> Iterator[tuple[float | None, float | None]]:
         """Yield the smallest and largest result of each limit between the call and its result; None for no end."""
@@ -257,7 +263,7 @@ class _Placement:
         self.heavy = [site for site in self.sites.values() if site.kernel.heavy]
         self.joining = {site.node for site in self.sites.values() if not site.kernel.heavy}
         self.forced = {op for site in self.heavy for op in site.operands if op is not site.weight}
-        self.forced |= {site.result for site in self.heavy if site.kernel.output == "required"}
+        self.forced |= {site.result for site in self.heavy if site.output != "optional"}
         while self._drop():
             pass
         self.wanted = self._wanted()

@@ -1,8 +1,8 @@
 """Try ways to quantize a graph on calibration inputs, measure each, and keep what helps.
 
     fast        the range method that was asked for, no trial
-    auto        range methods, bias correction, smoothing where layer norms feed the layers, and floats for layers
-                that integers make no faster
+    auto        range methods, bias correction, smoothing where layer norms feed the layers, floats for layers that
+                integers make no faster, and for results of convolutions that floats alone read
     accurate    besides, equalization of channels and learned rounding of weights
 
 A way is measured by the signal to quantization noise of the worst output, in a simulation of the integer graph. Where
@@ -26,6 +26,7 @@ from fxopt.passes.quantize.adaround import AdaRound
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
+from fxopt.passes.quantize.float_results import results_for_floats
 from fxopt.passes.quantize.gptq import Gptq
 from fxopt.passes.quantize.merged_rows import LeftOut, MergedRows, first_rows, merged_rows
 from fxopt.passes.quantize.no_gain import layers_without_gain
@@ -133,10 +134,21 @@ class Search:
             plan = make_plan(changed.gm, tuple(slow))
             tried = self._tried(changed.gm, plan, methods, learn, measure, want, f"{item.spec()}, ")
             best = self._better(best, tried, item.spec())
+        best = self._with_float_results(best, learn, measure, want)
         if recipe == "accurate":
             best = self._rounded(best, learn, measure, want)
         notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
         return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
+
+    def _with_float_results(
+        self, best: Candidate, learn: list[Sample], measure: list[Sample], want: list[list[torch.Tensor]]
+    ) -> Candidate:
+        names = results_for_floats(best.gm, best.plan, self.target)
+        if not names:
+            return best
+        means = channel_means(best.gm, self.target, learn)
+        tried = self._corrected(best.gm, best.plan.without(*names), means, learn, measure, want, "float results")
+        return self._better(best, tried, f"float results of {', '.join(names)}", _FLOAT_GAIN)
 
     def _transformations(self, recipe: Recipe, method: str) -> Iterator[Pass]:
         yield SplitOutliers()

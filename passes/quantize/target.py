@@ -21,7 +21,7 @@ __all__ = ["GENERIC", "ORT_CPU", "TARGETS", "Kernel", "Target"]
 
 aten = torch.ops.aten
 
-Output = Literal["required", "optional"]
+Output = Literal["required", "preferred", "optional"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Kernel:
         weight: The one of ``operands`` that may be a constant with a scale for each output channel.
         weight_axis: The axis of the output channels of that constant.
         bias: Name of the argument that becomes 32-bit integers.
-        output: Whether the result must be requantized for the kernel to be an integer one, or may stay a float.
+        output: Whether the result must be requantized for the kernel to be an integer one, may stay a float where a
+            plan says so, which takes longer, or stays one unless integers are wanted.
         heavy: Whether it asks for integers.
         same_scale: Whether operands and result share one scale where they can; see :mod:`shared_scales`.
     """
@@ -63,6 +64,8 @@ class Target:
         fewest_products: How many products for each number of its result make a convolution among floats faster in
             integers, conversions included.
         fewest_macs: The same of any layer: its multiply-accumulates in all.
+        fewest_channels: Of how many input channels a convolution of integers whose result stays a float is faster than
+            one of floats.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Target:
     unused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
     fewest_products: int = 0
     fewest_macs: int = 0
+    fewest_channels: int = 0
 
 
 _CONV = Kernel(("input", "weight"), weight="weight", bias="bias", heavy=True)
@@ -125,10 +129,21 @@ _LIMITS: dict[Any, tuple[str | float | None, str | float | None]] = {
     aten.clamp_min.default: ("min", None),
 }
 
-ORT_CPU = Target("ort-cpu", _HEAVY | _JOINING, _MOVES, _LIMITS, fewest_products=48, fewest_macs=16384)
+_ORT_CONVOLUTIONS = dict.fromkeys(CONVOLUTIONS, dataclasses.replace(_CONV, output="preferred"))
+
+ORT_CPU = Target(
+    "ort-cpu",
+    _HEAVY | _ORT_CONVOLUTIONS | _JOINING,
+    _MOVES,
+    _LIMITS,
+    fewest_products=48,
+    fewest_macs=16384,
+    fewest_channels=16,
+)
 """ONNX Runtime's CPU provider: unsigned activations with a zero point, signed weights by channel.
 
-``python -m tests.bench float_layers`` shows the last two numbers.
+A convolution of one group whose result stays a float becomes an integer matrix product of its windows.
+``python -m tests.bench float_layers`` shows the first two numbers, ``float_results`` the last.
 """
 
 GENERIC = Target("onnx", _HEAVY | _JOINING, _MOVES, _LIMITS, signed_activations=True, symmetric_activations=False)

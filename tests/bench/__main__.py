@@ -18,6 +18,7 @@ BENCHMARKS = {
     "early_exit": "latency and accuracy of a CNN that leaves early, in ORT and in eager",
     "low_bit_digits": "weights of 1 to 4 bits on real digits: tables, signs, ternary, before and after training",
     "distill_mnist": "a student with masks and quantizers beside its teacher, then shrunk and in integers, in ORT",
+    "float_results": "convolutions of integers whose result stays a float, beside rounded ones and floats",
     "float_layers": "layers among floats in integers and in floats: from how many products on integers are faster",
     "half_overflow": "small nets that float16 breaks: who misses it, and what ORT on a CPU hides",
     "half_precision": "float16 and bfloat16 beside onnxconverter-common: error in emulation, size, casts, islands",
