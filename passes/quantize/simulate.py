@@ -21,7 +21,7 @@ from fxopt.passes.quantize.placement import Site
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weights import constant_of, parameters_of, weight_integers
-from fxopt.quantized_ops import DEQUANTIZE
+from fxopt.quantized_ops import DEQUANTIZE, rounded
 from fxopt.regions import results_of
 
 __all__ = [
@@ -74,8 +74,7 @@ class Simulation:
         if node in self._weights:
             return self._weights[node]
         spec = self.layout.specs[node]
-        # One kernel in place of six; it multiplies by 1 / scale, and so may round a tie the other way.
-        return torch.fake_quantize_per_tensor_affine(value, spec.scale[0], spec.zero_point[0], *spec.limits)
+        return rounded(value, spec.scale[0], spec.zero_point[0], *spec.limits)
 
 
 class _Run(Walk):

@@ -43,6 +43,7 @@ from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.passes.quantize.weights import channel_scales
+from fxopt.quantized_ops import rounded
 from fxopt.rewriter import Rewriter
 
 __all__ = ["ALPHAS", "SmoothQuant", "capped_factors", "product_errors", "smoothing_factors"]
@@ -192,14 +193,12 @@ def _quantized_rows(rows: torch.Tensor, method: str) -> torch.Tensor:
     sketch.update(rows)
     low, high = choose_range(sketch, method, bits=8, signed=False, symmetric=False)
     scale, zero_point = qparams(low, high, bits=8, signed=False, symmetric=False)
-    return torch.fake_quantize_per_tensor_affine(rows, scale, zero_point, 0, 255)
+    return rounded(rows, scale, zero_point, 0, 255)
 
 
 def _quantized_weight(weight: torch.Tensor) -> torch.Tensor:
     spec = QuantSpec("weight", 8, signed=True, symmetric=True, axis=0)
-    steps = torch.tensor(channel_scales(weight, spec))
-    zeros = torch.zeros(len(steps), dtype=torch.int32)
-    return torch.fake_quantize_per_channel_affine(weight, steps, zeros, 0, *spec.limits)
+    return rounded(weight, torch.tensor(channel_scales(weight, spec))[:, None], 0, *spec.limits)
 
 
 def _groups(rw: Rewriter, insert_mul: bool) -> Iterator[_Group]:
