@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fxopt.errors import CaptureError, describe
+
 __all__ = ["as_module"]
 
 
@@ -15,14 +17,38 @@ def as_module(model: Any) -> torch.nn.Module:
     """Return the module that ``model`` is, or one whose forward is the function ``model``.
 
     Raises:
+        CaptureError: it is TorchScript, or holds a module that is.
         TypeError: it is neither.
     """
+    if isinstance(model, torch.jit.ScriptFunction | torch.ScriptMethod):
+        raise _script_refusal("TorchScript cannot be captured: no Python code is left to trace", model)
     if isinstance(model, torch.nn.Module):
+        _refuse_script_modules(model)
         return model
     if callable(model) and not isinstance(model, type):
         return _Function(model)
     hint = f"; pass an instance, {model.__name__}(...)" if isinstance(model, type) else ""
     raise TypeError(f"model is {model!r}; wanted a module, a GraphModule, an ExportedProgram or a function{hint}")
+
+
+def _refuse_script_modules(model: torch.nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            what = f"submodule {path!r} is TorchScript, which" if path else "TorchScript"
+            raise _script_refusal(f"{what} cannot be captured: no Python code is left to trace", module)
+
+
+def _script_refusal(headline: str, script: Any) -> CaptureError:
+    source = getattr(script, "original_name", None) or getattr(script, "name", None)
+    return CaptureError(
+        describe(
+            headline,
+            got=f"{type(script).__name__}" + (f" of {source}" if source else ""),
+            wanted="a torch.nn.Module in Python, or a Python function of tensors",
+            try_="the module or function that the script was made from; "
+            "its class takes the weights by load_state_dict(script.state_dict())",
+        )
+    )
 
 
 class _Function(torch.nn.Module):

@@ -22,7 +22,8 @@ from fxopt.dimensions import Sample, bind_arguments, enlarged, named_dynamic_sha
 from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
-from fxopt.trace_errors import asks_for_values, explained
+from fxopt.size_advice import sizes_that_work
+from fxopt.trace_errors import asks_for_values, explained, refuses_sizes
 
 __all__ = ["Trace", "trace", "unlift"]
 
@@ -56,10 +57,30 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     """Trace ``model`` in the mode that it is in.
 
     Raises:
-        CaptureError: the model cannot become one graph; the message names the user's line and the reason.
+        CaptureError: the model cannot become one graph; the message names the user's line and the reason, and the
+            dynamic sizes that do work if those asked for do not.
     """
     arguments = bind_arguments(model.forward, sample)
     shapes = named_dynamic_shapes(dynamic_shapes, arguments)
+    try:
+        return _traced(model, sample, shapes)
+    except CaptureError as error:
+        if error.__cause__ is None or not refuses_sizes(error.__cause__):
+            raise
+
+        def refusal(others: Any) -> str | None:
+            try:
+                _traced(model, sample, others)
+            except CaptureError as again:
+                return str(again.__cause__)
+            return None
+
+        found = sizes_that_work(str(error.__cause__), shapes, arguments, refusal)
+        raise explained(error.__cause__, found) from error.__cause__
+
+
+def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None) -> Trace:
+    arguments = bind_arguments(model.forward, sample)
     sample = enlarged(sample, arguments, shapes)
     arguments = bind_arguments(model.forward, sample)
     reads: list[str] = []

@@ -12,8 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxopt.errors import CaptureError, describe
+from fxopt.size_advice import told_guards
 
-__all__ = ["asks_for_values", "explained", "user_location"]
+__all__ = ["asks_for_values", "explained", "refuses_sizes", "user_location"]
 
 _CORE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -26,10 +27,15 @@ def asks_for_values(error: Exception) -> bool:
     return (
         isinstance(error, GuardOnDataDependentSymNode | DataDependentOutputException)
         or "data-dependent" in text[:400]
-        or "onstraints violated" in text
-        or "specialized" in text[:600]
+        or refuses_sizes(error)
         or "Boolean value of Tensor with more than one value" in text
     )
+
+
+def refuses_sizes(error: BaseException) -> bool:
+    """Return whether a trace failed because the model does not take all sizes that were declared dynamic."""
+    text = str(error)
+    return "onstraints violated" in text or "specialized" in text[:600]
 
 
 def user_location(error: BaseException) -> str | None:
@@ -45,8 +51,13 @@ def user_location(error: BaseException) -> str | None:
     return f"{Path(frame.filename).name}:{frame.lineno}, in {frame.name}: {frame.line}"
 
 
-def explained(error: BaseException) -> CaptureError:
-    """Return what to tell of an error that torch.export raised: the user's line, the reason and what to try."""
+def explained(error: BaseException, sizes: str | None = None) -> CaptureError:
+    """Return what to tell of an error that torch.export raised: the user's line, the reason and what to try.
+
+    Args:
+        error: What torch.export raised.
+        sizes: Dynamic sizes that the model does take, in words, if they are known.
+    """
     where = user_location(error)
     text = str(error)
     if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in text[:400]:
@@ -59,13 +70,13 @@ def explained(error: BaseException) -> CaptureError:
                 "or torch.cond(condition, f, g, operands)",
             )
         )
-    if "onstraints violated" in text or "specialized" in text[:600]:
+    if refuses_sizes(error):
         return CaptureError(
             describe(
                 "the model fixes a size that dynamic_shapes declares dynamic, or ties it to another one",
                 got=_constraints(text),
                 source=where,
-                try_="leave that axis out of dynamic_shapes, or give it the range or relation named above",
+                try_=sizes or "leave that axis out of dynamic_shapes; no range of it was found that can be traced",
             )
         )
     operator = _OPERATOR.search(text)
@@ -89,10 +100,12 @@ def explained(error: BaseException) -> CaptureError:
 
 
 def _constraints(text: str) -> str:
-    """Return what torch says of the dynamic sizes, without its advice on options that fxopt does not have."""
-    told = text.partition("The error above occurred")[0]
+    """Return what torch says of the dynamic sizes, without its advice: on options that fxopt does not have, untried."""
+    told = text.partition("The error above occurred")[0].partition("Suggested fixes:")[0]
+    guards = [f"{name} = {source} must be such that {guard}" for name, source, guard in told_guards(told)]
     lines = [line.partition(" If you're using mark_dynamic")[0].strip() for line in told.splitlines()]
-    return "\n".join(line for line in lines if line and "TORCH_LOGS" not in line)[:1200]
+    others = [line for line in lines if line and "TORCH_LOGS" not in line and not any(told_guards(line))]
+    return "\n".join(others + guards)[:1200]
 
 
 def _reason(text: str) -> str:

@@ -1,5 +1,6 @@
 """Capture takes every form of model and input, keeps names and ties, and explains what it cannot take."""
 
+import io
 from typing import Any
 
 import pytest
@@ -131,6 +132,17 @@ def test_the_length_of_a_recurrent_layer_is_dynamic() -> None:
         assert_same(lstm(x), gm(x))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_the_batch_of_a_recurrent_cell_is_dynamic(kind: type[nn.RNNCellBase]) -> None:
+    cell = kind(3, 4).eval()
+    gm = fxopt.capture(cell, (torch.randn(2, 3),), dynamic_shapes={"input": {0: "batch"}})
+    results = [node.meta["val"] for node in gm.graph.output_node().all_input_nodes]
+    assert {str(result.shape[0]) for result in results} == {gm.dims["batch"].symbol}
+    for batch in (1, 5):
+        x = torch.randn(batch, 3)
+        assert_same(cell(x), gm(x))
+
+
 def branches(x: Tensor) -> Tensor:
     if x.sum() > 0:
         return x[:1]
@@ -157,6 +169,40 @@ def test_models_that_cannot_be_captured(model: Any, parts: list[str]) -> None:
     with pytest.raises(fxopt.CaptureError) as caught:
         fxopt.capture(model, (torch.ones(2, 3),))
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def scripted_forms() -> dict[str, tuple[Any, list[str]]]:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
+    stored = io.BytesIO()
+    torch.jit.save(torch.jit.script(net), stored)
+    stored.seek(0)
+    loaded = torch.jit.load(stored)
+    function = torch.jit.trace(lambda x: x + 1, torch.ones(2, 3))
+    nested = nn.Sequential(nn.Linear(3, 3), nn.Sequential(torch.jit.script(nn.Linear(3, 3))))
+    return {
+        "scripted": (torch.jit.script(net), ["TorchScript cannot be captured", "RecursiveScriptModule of Sequential"]),
+        "traced": (torch.jit.trace(net, torch.ones(2, 3)), ["TopLevelTracedModule of Sequential"]),
+        "loaded": (loaded, ["RecursiveScriptModule of Sequential", "load_state_dict"]),
+        "method": (loaded.forward, ["ScriptMethod of forward"]),
+        "function": (function, ["ScriptFunction", "the module or function that the script was made from"]),
+        "nested": (nested, ["submodule '1.0' is TorchScript", "RecursiveScriptModule of Linear"]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("form", ["scripted", "traced", "loaded", "method", "function", "nested"])
+def test_torchscript_is_refused_by_its_type(form: str) -> None:
+    model, parts = scripted_forms()[form]
+    with pytest.raises(fxopt.CaptureError) as caught:
+        fxopt.optimize(model, "fold-constants", (torch.ones(2, 3),))
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+def test_a_scripted_function_that_eager_code_calls_is_traced() -> None:
+    function = torch.jit.trace(lambda x: x * 2, torch.ones(2, 3))
+    gm = fxopt.capture(lambda x: function(x) + 1, (torch.ones(2, 3),))
+    assert gm(torch.full((2, 3), 4.0)).tolist() == [[9.0] * 3] * 2
 
 
 @pytest.mark.parametrize(
