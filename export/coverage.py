@@ -9,9 +9,16 @@ from typing import Any
 
 import onnx_ir as ir
 
-from fxopt.export.coverage_reasons import SCALES_DIFFER, is_constant, why_dequantized, why_float, why_quantized
+from fxopt.export.coverage_reasons import (
+    CELL_IN_FLOAT,
+    SCALES_DIFFER,
+    is_constant,
+    why_dequantized,
+    why_float,
+    why_quantized,
+)
 from fxopt.export.coverage_run import Inputs, KernelRuns, Origin, profiled
-from fxopt.export.coverage_table import FLOATS, KERNELS, NUMBERS_8_BIT, Kind, kind_of
+from fxopt.export.coverage_table import FLOATS, KERNELS, NUMBERS_8_BIT, Kind, Layer, kind_of
 from fxopt.export.files import OnnxFile
 from fxopt.report import text_table
 
@@ -19,6 +26,7 @@ __all__ = ["CoverageReport", "Kernel", "Leftover", "coverage"]
 
 _HEAVY = ("conv", "linear", "matmul", "attention", "recurrent")
 _LIGHT = ("add", "pool", "concat")
+_WRITTEN_FOR: dict[str, Layer] = {"conv": "conv", "recurrent": "recurrent"}
 _LEFT = ("QuantizeLinear", "DequantizeLinear")
 _COUNTED = NUMBERS_8_BIT | FLOATS
 _FLOAT_WEIGHT = "ORT itself quantizes the float weight, with one scale for all channels"
@@ -187,10 +195,10 @@ def _layer(runs: KernelRuns) -> Kernel | None:
     operands = [node.inputs[place] for place in kernel.operands]
     constants = [value is not None and is_constant(value) for value in operands]
     layer = "matmul" if kernel.layer == "linear" and not any(constants) else kernel.layer
-    if runs.origin.layer == "conv":
+    if written_for := _WRITTEN_FOR.get(runs.origin.layer):
         if layer != "linear":
             return None  # what moves the numbers that the layer adds up
-        layer = "conv"
+        layer = written_for
     if layer == "add" and (any(constants) or any(call.unequal(kernel.operands) for call in runs.calls)):
         return None
     if layer in _LIGHT and runs.numbers not in _COUNTED:
@@ -198,6 +206,8 @@ def _layer(runs: KernelRuns) -> Kernel | None:
     attributes = {name: attribute.value for name, attribute in node.attributes.items()}
     kind = kind_of(kernel, attributes, runs.numbers)
     reason = "" if kind == "integer" else "its weight alone is quantized" if kind == "weight-only" else why_float(node)
+    if kind == "float" and written_for == "recurrent":
+        reason = CELL_IN_FLOAT
     macs = sum(kernel.macs(call) for call in runs.calls)
     # ORT's WeightBiasQuantization, which takes any such layer between a DequantizeLinear and a QuantizeLinear.
     warning = _FLOAT_WEIGHT if runs.origin.has_float_weight and node.op_type in ("QLinearConv", "QGemm") else ""

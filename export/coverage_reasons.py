@@ -13,8 +13,17 @@ import onnx_ir as ir
 
 from fxopt.export.coverage_table import KERNELS, NUMBERS_8_BIT
 
-__all__ = ["NO_KERNEL", "SCALES_DIFFER", "is_constant", "why_dequantized", "why_float", "why_quantized"]
+__all__ = [
+    "CELL_IN_FLOAT",
+    "NO_KERNEL",
+    "SCALES_DIFFER",
+    "is_constant",
+    "why_dequantized",
+    "why_float",
+    "why_quantized",
+]
 
+CELL_IN_FLOAT = "part of a recurrent cell, which static quantization leaves in float"
 NO_KERNEL = "has no integer kernel"
 SCALES_DIFFER = "the scales before and after it differ"
 _Q, _DQ = "QuantizeLinear", "DequantizeLinear"

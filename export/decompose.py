@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -38,8 +39,10 @@ def decompose(node: torch.fx.Node) -> tuple[torch.fx.GraphModule, list[Any]]:
         return pytree.tree_leaves(target(*args, **kwargs))
 
     table = {target: found} if (found := _decompositions().get(target)) else {}
+    fixed = _fixed_sizes(mode)
     try:
-        with torch.no_grad(), _fake(mode):
+        # Without torch's Python kernels some operators, such as gru_cell, would tie a dynamic size to what it is now.
+        with torch.no_grad(), _fake(mode), enable_python_dispatcher():
             inner = make_fx(call, decomposition_table=table, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
             if any(_mutates(made.target) for made in inner.graph.nodes):
                 inner = make_fx(torch.func.functionalize(inner), tracing_mode="real", _allow_non_fake_inputs=True)(
@@ -47,6 +50,8 @@ def decompose(node: torch.fx.Node) -> tuple[torch.fx.GraphModule, list[Any]]:
                 )
     except Exception as error:  # whatever a decomposition raises means that it cannot do it
         raise NotTranslated(f"decomposition: {type(error).__name__}: {error}") from error
+    if late := _fixed_sizes(mode) - fixed:
+        raise NotTranslated(f"decomposition: it fixes the dynamic size {', '.join(sorted(late))}")
     if any(inner_node.target is target for inner_node in inner.graph.nodes):
         raise NotTranslated("PyTorch has no decomposition of it")
     for inner_node in inner.graph.nodes:
@@ -57,6 +62,12 @@ def decompose(node: torch.fx.Node) -> tuple[torch.fx.GraphModule, list[Any]]:
 @functools.cache
 def _decompositions() -> dict[Any, Callable[..., Any]]:
     return dict(torch._decomp.decomposition_table) | dict(torch._decomp.core_aten_decompositions())
+
+
+def _fixed_sizes(mode: Any) -> set[str]:
+    """Return the symbols of dynamic sizes that stand for one number."""
+    found = getattr(mode, "shape_env", None)
+    return {str(symbol) for symbol, value in found.replacements.items() if value.is_number} if found else set()
 
 
 def _mutates(target: Any) -> bool:

@@ -21,9 +21,11 @@ from fxopt.errors import ExportError, FxoptError, describe
 from fxopt.export import decompose, finish, torchlib
 from fxopt.export.dtypes import Runtime, onnx_dtype
 from fxopt.export.emitter import Emitter, Value
+from fxopt.export.origins import WRITTEN_FOR
 from fxopt.export.registry import TRANSLATIONS, NotTranslated, Refused
 from fxopt.export.sizes import as_size
 from fxopt.export.translations import WITHOUT_VALUE
+from fxopt.layer_operators import CELLS
 
 __all__ = ["translate"]
 
@@ -306,6 +308,7 @@ class _Translator:
             "fxopt.module": args.module_path(node),
             "fxopt.source": self._sources[trace],
             "fxopt.pass": getattr(made_by, "pass_name", None),
+            WRITTEN_FOR: "recurrent" if node.target in CELLS else None,
         }
         return {key: row for key, row in rows.items() if row}
 

@@ -6,7 +6,7 @@ import torch
 
 from fxopt.recurrent import RECURRENT_OPERATORS
 
-__all__ = ["CONVOLUTIONS", "RECURRENT", "TRANSPOSED_CONVOLUTIONS"]
+__all__ = ["CELLS", "CONVOLUTIONS", "RECURRENT", "TRANSPOSED_CONVOLUTIONS"]
 
 aten = torch.ops.aten
 
@@ -23,3 +23,6 @@ TRANSPOSED_CONVOLUTIONS = (
 
 RECURRENT = tuple(RECURRENT_OPERATORS.values())
 """LSTM, GRU and RNN on padded sequences."""
+
+CELLS = (aten.lstm_cell.default, aten.gru_cell.default, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default)
+"""One step of one layer of these."""

@@ -82,6 +82,19 @@ def test_recurrent_kernels_count_every_step(kind, gates):
     assert report.kernels == {"recurrent": (0, 1)}
 
 
+@pytest.mark.parametrize(("kind", "gates"), [(nn.LSTMCell, 4), (nn.GRUCell, 3), (nn.RNNCell, 1)])
+def test_what_a_recurrent_cell_is_made_of_counts_as_recurrent(kind, gates):
+    cell = kind(6, 4)
+    inputs = [torch.randn(5, size) for size in ((6, 4, 4) if gates == 4 else (6, 4))]
+    report = coverage(exported((lambda x, h, c: cell(x, (h, c))) if gates == 4 else (lambda x, h: cell(x, h)), *inputs))
+    assert report.macs == 5 * gates * 4 * (6 + 4)
+    assert report.kernels["recurrent"] == (0, 2)
+    assert "linear" not in report.kernels
+    assert {one.reason for one in report.floats if one.layer == "recurrent"} == {
+        "part of a recurrent cell, which static quantization leaves in float"
+    }
+
+
 def test_attention_kernels_count_projections_scores_and_sums():
     graph = Graph()
     x = graph.input(2, 5, 16)

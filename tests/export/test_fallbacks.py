@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import fxopt
-from fxopt.export import to_onnx
+from fxopt.export import decompose, to_onnx
 from fxopt.export.registry import TRANSLATIONS
 from tests.export.proof import captured, op_types, prove
 
@@ -47,6 +47,14 @@ def test_decomposition(name):
 def test_decomposition_with_dynamic_sizes():
     prove(lambda x: F.pairwise_distance(x, x.flip(1)), torch.randn(3, 4))
     prove(lambda x: F.smooth_l1_loss(x, x * 2, reduction="none"), torch.randn(3, 4))
+
+
+def test_a_decomposition_that_fixes_a_dynamic_size_is_refused(monkeypatch):
+    operator = torch.ops.aten.deg2rad.default
+    gm = captured(lambda x: torch.deg2rad((x * 9).long()), torch.randn(3, 4))
+    monkeypatch.setattr(decompose, "_decompositions", lambda: {operator: lambda x: x * torch.ones(int(x.shape[0]), 1)})
+    with pytest.raises(fxopt.ExportError, match=r"deg2rad(.|\n)*it fixes the dynamic size s\d+"):
+        to_onnx(gm)
 
 
 def test_no_function_is_left_in_the_model():

@@ -46,6 +46,27 @@ def test_without_a_batch(kind):
     prove(LAYERS[kind](4, 6), torch.randn(5, 4))
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cells_declare_a_dynamic_batch(kind, bias):
+    cell = kind(4, 6, bias=bias)
+    inputs = [torch.randn(2, 4), torch.randn(2, 6), torch.randn(2, 6)]
+    if kind is nn.LSTMCell:
+        file = prove(lambda x, h, c: cell(x, (h, c)), *inputs)
+    else:
+        file = prove(lambda x, h: cell(x, h), *inputs[:2])
+    assert [list(map(str, output.shape)) for output in file.model.graph.outputs] == [["n2", "6"]] * (
+        2 if kind is nn.LSTMCell else 1
+    )
+
+
+def test_exporting_a_cell_leaves_the_sizes_of_the_graph_dynamic():
+    gm = captured(nn.GRUCell(4, 6), torch.randn(2, 4), torch.randn(2, 6))
+    sizes = [str(node.meta["val"].shape) for node in gm.graph.nodes if node.op != "output"]
+    to_onnx(gm)
+    assert [str(node.meta["val"].shape) for node in gm.graph.nodes if node.op != "output"] == sizes
+
+
 def test_each_layer_is_one_node_with_its_weights_rearranged():
     file = prove(nn.LSTM(4, 6, 2, batch_first=True), torch.randn(3, 5, 4))
     assert op_types(file).count("LSTM") == 2
