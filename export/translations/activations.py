@@ -9,7 +9,7 @@ import torch
 from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype
-from fxopt.export.translations.quantized import is_quantized
+from fxopt.export.translations.quantized import is_quantized, saturated_sum
 from fxopt.export.translations.reduce import reduced
 from fxopt.quantized_ops import DEQUANTIZE
 
@@ -48,7 +48,8 @@ def mish(emit: Emitter, x: Value) -> Value:
 
 @translates(aten.hardsigmoid.default)
 def hardsigmoid(emit: Emitter, x: Value) -> Value:
-    return emit("HardSigmoid", x, alpha=1 / 6, beta=0.5)
+    saturated = saturated_sum(emit, x, 1 / 6, 0.5, 1.0)
+    return emit("HardSigmoid", x, alpha=1 / 6, beta=0.5) if saturated is None else saturated
 
 
 @translates(aten.hardswish.default)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fxopt.attributes import get_path, owner_of
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import translates
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
@@ -16,6 +17,7 @@ _LIMITS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.defaul
                      aten.clamp_min.default})  # fmt: skip
 _WIDE = frozenset({torch.int16, torch.uint16})
 _FIRST_OPSET_WITH_WIDE = 21
+_COVERED = 1e-6  # by how much, relative, the largest integer may stand for more than where a function ends
 
 
 def is_quantized(emit: Emitter, *, behind_limits: bool = False) -> bool:
@@ -28,6 +30,47 @@ def _is_quantized(node: torch.fx.Node, behind_limits: bool) -> bool:
         user.target is QUANTIZE or (behind_limits and user.target in _LIMITS and _is_quantized(user, True))
         for user in node.users
     )
+
+
+def saturated_sum(emit: Emitter, x: Value, factor: float, summand: float, highest: float) -> Value | None:
+    """Return ``factor * x + summand`` where the quantizers that read it cut it off at 0 and at most at ``highest``.
+
+    Of integers, ORT makes one kernel of that. None if ``x`` is not dequantized, or something else reads the result.
+    """
+    producer = x.producer()
+    if emit.runtime != "ort-cpu" or emit.node is None or producer is None or producer.op_type != "DequantizeLinear":
+        return None
+    integers, scale, zero_point = producer.inputs
+    held = None if scale is None else tensor_of(scale)
+    if integers is None or zero_point is None or held is None or held.ndim or dtype_of(integers) != torch.uint8:
+        return None
+    if not all(_cuts_off(user, highest) for user in emit.node.users):
+        return None
+    shape = dims(x)
+    scaled = emit("DequantizeLinear", integers, emit.constant(held * factor), zero_point, dims=shape)
+    largest = torch.tensor(255, dtype=torch.uint8)
+    step = emit.constant(torch.tensor(summand / 255))
+    constant = emit("DequantizeLinear", emit.constant(largest), step, emit.constant(torch.zeros_like(largest)), dims=())
+    return emit("Add", scaled, constant, dims=shape)
+
+
+def _cuts_off(user: torch.fx.Node, highest: float) -> bool:
+    """Return whether a reader is a quantizer to 8 bits with 0 for 0 whose largest integer stands for no more."""
+    if user.target is not QUANTIZE:
+        return False
+    _, scale, zero_point, _, _, qmax = user.args
+    parameters = [_constant(node) for node in (scale, zero_point)]
+    if any(held is None or held.ndim for held in parameters) or parameters[1].dtype != torch.uint8:
+        return False
+    step, offset = (float(held) for held in parameters)
+    return bool(offset == 0 and qmax == 255 and step * 255 <= highest * (1 + _COVERED))
+
+
+def _constant(node: Any) -> Any:
+    """Return the tensor that a ``get_attr`` node reads; None for another node."""
+    if not isinstance(node, torch.fx.Node) or node.op != "get_attr":
+        return None
+    return get_path(owner_of(node), str(node.target))
 
 
 @translates(QUANTIZE)

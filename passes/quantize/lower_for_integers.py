@@ -1,6 +1,8 @@
 """Write with other operators what the target then computes in integers.
 
     before:  y = silu(x)                              after:  y = mul(x, sigmoid(x))
+    before:  y = hardswish(x)                         after:  y = mul(x, hardsigmoid(x))
+    before:  y, z = chunk(x, 2, 1)                    after:  y = slice(x, 1, 0, 8); z = slice(x, 1, 8, 16)
     before:  y = mean(x, [2, 3])                      after:  y = flatten(adaptive_avg_pool2d(x, [1, 1]), 1)
     before:  y = mean(x, [2, 3], keepdim=True)        after:  y = adaptive_avg_pool2d(x, [1, 1])
     before:  y = mean(mean(x, [3]), [2])              after:  as for [2, 3]
@@ -11,19 +13,27 @@ The same functions of real numbers, rounded in another order.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from fxopt.args import arg, shape, tensor_arg
 from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
-from fxopt.passes.quantize.placement import is_float
+from fxopt.passes.quantize.placement import is_float, move_source
+from fxopt.passes.quantize.target import ORT_CPU
 from fxopt.rewriter import Rewriter
 
 __all__ = ["LowerForIntegers"]
 
 aten = torch.ops.aten
+
+_GATES: dict[Any, tuple[Any, str]] = {
+    aten.silu.default: (aten.sigmoid.default, "silu(x) = x sigmoid(x)"),
+    aten.hardswish.default: (aten.hardsigmoid.default, "hardswish(x) = x hardsigmoid(x)"),
+}
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+_PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +45,18 @@ class LowerForIntegers(Pass):
 
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it."""
-        for node in rw.calls(aten.silu.default, aten.mean.dim):
+        for node in rw.calls(*_GATES, aten.mean.dim):
             if not is_float(node):
                 rw.skip(node, f"{rw.dtype(node)} is not float32")
-            elif node.target is aten.silu.default:
-                x = tensor_arg(node, "self")
-                gate = rw.insert_call(aten.sigmoid.default, (x,), before=node, why="silu(x) = x sigmoid(x)")
-                rw.replace_call(node, aten.mul.Tensor, (x, gate), why="silu(x) = x sigmoid(x)")
-            else:
+            elif node.target is aten.mean.dim:
                 _mean_as_pool(rw, node)
+            else:
+                gate, why = _GATES[node.target]
+                x = tensor_arg(node, "self")
+                factor = rw.insert_call(gate, (x,), before=node, why=why)
+                rw.replace_call(node, aten.mul.Tensor, (x, factor), why=why)
+        for node in rw.calls(*_SPLITS):
+            _split_as_slices(rw, node)
 
 
 def _mean_as_pool(rw: Rewriter, node: torch.fx.Node) -> None:
@@ -63,6 +76,27 @@ def _mean_as_pool(rw: Rewriter, node: torch.fx.Node) -> None:
         return
     pooled = rw.insert_call(pool, (x, [1, 1]), before=node, why=why)
     rw.replace_call(node, aten.flatten.using_ints, (pooled, 1), why=why)
+
+
+def _split_as_slices(rw: Rewriter, node: torch.fx.Node) -> None:
+    """Write the parts of a tensor as slices, through which integers can be moved one by one.
+
+    Those of a linear layer, whose result stays a float, are left alone.
+    """
+    x = source = tensor_arg(node, "self")
+    while (moved := move_source(source, ORT_CPU)) is not None:
+        source = moved
+    if not is_float(x) or source.target in _PRODUCTS:
+        return
+    axis = arg(node, "dim") % len(shape(x))
+    start, ends = 0, []
+    for part in node.meta["val"]:
+        if not isinstance(part.shape[axis], int):
+            return  # of a length that is known when the graph runs, and there is no integer kernel to gain
+        ends.append((start, start := start + part.shape[axis]))
+    for part in list(node.users):
+        begin, end = ends[int(part.args[1])]  # type: ignore[arg-type]  # operator.getitem, whose index is a number
+        rw.replace_call(part, aten.slice.Tensor, (x, axis, begin, end), why="part of a tensor, as a slice")
 
 
 def _axes(mean: torch.fx.Node) -> set[int] | None:

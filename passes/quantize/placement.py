@@ -212,6 +212,8 @@ def integer_sites(graph: torch.fx.Graph, target: Target, notes: dict[str, str], 
     for node in graph.nodes:
         kernel = kernel_of(node, target)
         if kernel is None:
+            if node.target in target.unused:
+                notes[prefix + node.name] = target.unused[node.target]
             continue
         operands = operands_of(node, kernel)
         if operands is None:

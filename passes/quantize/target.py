@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from fxopt.layer_operators import CONVOLUTIONS
+from fxopt.layer_operators import CELLS, CONVOLUTIONS, RECURRENT
 
 __all__ = ["GENERIC", "ORT_CPU", "TARGETS", "Kernel", "Target"]
 
@@ -48,6 +48,12 @@ class Kernel:
     same_scale: bool = False
 
 
+_UNUSED: dict[Any, str] = dict.fromkeys(
+    (*RECURRENT, *CELLS),
+    "recurrent layers stay floats in a static plan; quantize-dynamic behind it makes their weights integers",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """What a runtime computes in integers, and in which.
@@ -60,7 +66,7 @@ class Target:
             are its smallest and largest result.
         signed_activations: Whether activations are signed.
         symmetric_activations: Whether their zero point is 0.
-        unused: Why operators that look as if they could be computed in integers are not.
+        unused: Why operators that multiply by weights have no integer kernel.
         fewest_products: How many products for each number of its result make a convolution among floats faster in
             integers, conversions included.
         fewest_macs: The same of any layer: its multiply-accumulates in all.
@@ -74,7 +80,7 @@ class Target:
     limits: Mapping[Any, tuple[str | float | None, str | float | None]]
     signed_activations: bool = False
     symmetric_activations: bool = False
-    unused: Mapping[Any, str] = dataclasses.field(default_factory=dict)
+    unused: Mapping[Any, str] = dataclasses.field(default_factory=lambda: dict(_UNUSED))
     fewest_products: int = 0
     fewest_macs: int = 0
     fewest_channels: int = 0
@@ -133,7 +139,7 @@ _ORT_CONVOLUTIONS = dict.fromkeys(CONVOLUTIONS, dataclasses.replace(_CONV, outpu
 
 ORT_CPU = Target(
     "ort-cpu",
-    _HEAVY | _ORT_CONVOLUTIONS | _JOINING,
+    _HEAVY | _ORT_CONVOLUTIONS | _JOINING | {aten.hardsigmoid.default: Kernel(("self",))},
     _MOVES,
     _LIMITS,
     fewest_products=48,
@@ -142,7 +148,8 @@ ORT_CPU = Target(
 )
 """ONNX Runtime's CPU provider: unsigned activations with a zero point, signed weights by channel.
 
-A convolution of one group whose result stays a float becomes an integer matrix product of its windows.
+A convolution of one group whose result stays a float becomes an integer matrix product of its windows; hardsigmoid the
+sum of x / 6 and 1/2, whose saturation at 0 and 1 is that of the integers.
 ``python -m tests.bench float_layers`` shows the first two numbers, ``float_results`` the last.
 """
 

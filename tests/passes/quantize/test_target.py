@@ -56,6 +56,9 @@ def joining(op_type, between, channels=4):
         joining("QLinearGlobalAveragePool", lambda x: x.mean((2, 3), keepdim=True)),
         joining("QLinearConcat", lambda x: torch.cat([x, F.max_pool2d(x, 3, 1, 1)], 1), 8),
         joining("QLinearSigmoid", F.silu),
+        joining("QLinearAdd", F.hardsigmoid),
+        joining("QLinearMul", F.hardswish),
+        joining("QLinearMul", lambda x: x * F.hardsigmoid(F.adaptive_avg_pool2d(x, 1))),
     ],
 )
 def test_ort_computes_what_joins_in_integers(op_type, between, channels):
@@ -70,7 +73,10 @@ def test_ort_computes_what_joins_in_integers(op_type, between, channels):
     lambda x: x.reshape(2, 4, 16, 4), lambda x: x.transpose(2, 3), lambda x: x.permute(0, 1, 3, 2),
     lambda x: F.max_pool2d(x, 2), lambda x: x[:, :, 1:5], lambda x: x.flatten(2).unsqueeze(-1),
     lambda x: F.interpolate(x, scale_factor=2), lambda x: F.interpolate(x, (9, 5), mode="nearest-exact"),
-], ids=["reshape", "transpose", "permute", "max_pool", "slice", "flatten", "nearest", "nearest-exact"])  # fmt: skip
+    lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), lambda x: torch.cat(F.relu(x).split([1, 3], 1), 1),
+], ids=[
+    "reshape", "transpose", "permute", "max_pool", "slice", "flatten", "nearest", "nearest-exact", "chunk", "split",
+])  # fmt: skip
 def test_moves_are_made_by_integers_of_one_scale(move):
     gm = quantized(Around(move), IMAGE)
     found = kernels(gm)
