@@ -15,7 +15,7 @@ class Change:
         kind: ``replaced``, ``inserted``, ``erased``, ``argument``, ``constant``, ``tensor`` or ``adopted``.
         node: Name of the node that was changed.
         why: Reason, as the pass gave it.
-        site: Name of the node at which the pass was working; empty if at none.
+        site: Name of the node at which the pass was working, with ``[part]`` behind it if at a part; empty if at none.
         source: The user's line behind the node.
         pass_name: The pass.
     """

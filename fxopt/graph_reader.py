@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ class GraphReader:
         """Args: gm: with the graphs inside it. only: names of the sites to hand out; all if None."""
         self.gm = gm
         self._only = None if only is None else frozenset(only)
+        self._wholes = {site.rpartition("[")[0] for site in only or () if "[" in site}
         self._site = ""
         self._reads = Reads(gm)
         self._paths: dict[torch.nn.Module, str] = {}
@@ -54,11 +56,26 @@ class GraphReader:
             if node._erased:
                 continue
             site = self.site_name(node)
-            if self._only is not None and site not in self._only:
+            if self._only is not None and site not in self._only and site not in self._wholes:
                 continue
             outer, self._site = self._site, site
             yield node
             self._site = outer
+
+    @contextlib.contextmanager
+    def part(self, name: object) -> Iterator[bool]:
+        """Work at a part of the present site, such as one layer of a call that computes many: a site ``lstm[1]``.
+
+        All changes of a site that has parts are made at one of them. A part can be entered more than once.
+
+        Yields:
+            Whether the part is to be worked at; a site that was asked for by its name has all of its parts.
+        """
+        whole, self._site = self._site, f"{self._site}[{name}]"
+        try:
+            yield self._only is None or whole in self._only or self._site in self._only
+        finally:
+            self._site = whole
 
     def site_name(self, node: torch.fx.Node) -> str:
         """Return the name that stands for the node across reruns of the pass."""

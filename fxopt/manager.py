@@ -85,6 +85,8 @@ class PassManager:
                 step.status, step.changes = "failed", ()
                 step.rolled_back = (RolledBack((), f"{type(error).__name__}: {error}"),)
                 log.warning("pass %s failed and is left out: %s: %s", item.spec(), type(error).__name__, error)
+            if step.status in ("failed", "rolled back"):  # what was tried still says why; what was gained is gone
+                step.notes = tuple(f"before it was undone: {note}" for note in step.notes)
             if good is not before:
                 contract = contract.then(item.contract)
             step.nodes = (len(before.graph.nodes), len(good.graph.nodes))
@@ -121,7 +123,7 @@ class PassManager:
                 result, yielded = self._without_guilty(item, good, judge, step, result, problem)
                 if not result.modified:
                     return good
-            step.changes, step.skips, step.checked = result.changes, result.skips, judge.runs
+            step.changes, step.skips, step.notes, step.checked = result.changes, result.skips, result.notes, judge.runs
             step.errors = judge.accept(result.gm, item.contract, yielded, interface=item.interface)
             if step.status == "unchanged":
                 step.status = "changed"
@@ -236,7 +238,12 @@ def _contract_text(item: Pass, problem: str, result: PassResult) -> str:
         f"{c.kind} {c.node} ({c.why})" + (f" at {c.source}" if c.source else "") for c in result.changes[:3]
     )
     more = f"; and {len(result.changes) - 3} more" if len(result.changes) > 3 else ""
-    return describe(f"{item.spec()} breaks its contract {item.contract}", found=problem, changes=changes + more)
+    return describe(
+        f"{item.spec()} breaks its contract {item.contract}",
+        found=problem,
+        changes=changes + more,
+        try_=item.remedy or None,
+    )
 
 
 def tensor_bytes(module: torch.nn.Module) -> int:

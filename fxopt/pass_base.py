@@ -60,6 +60,7 @@ class Pass(PassBase):
             until a pass ends it; any other one holds from when a pass gives it.
         gives, ends: Facts that hold, or no longer hold, after the pass.
         evaluation_only: The promise is about evaluation; while training, the rewritten graph may do something else.
+        remedy: What a user can try if it breaks its contract; empty for nothing in particular.
         divisible: If it breaks its contract, the guilty sites can be left out one by one; if not, all of it is undone.
         interface: What the pass does to inputs and outputs: they are ``"kept"``; ``"extended"`` by arguments, and by
             outputs behind those that there were; ``"reduced"`` to the first outputs; or ``"retyped"``, with floats of
@@ -74,6 +75,7 @@ class Pass(PassBase):
     gives: ClassVar[frozenset[str]] = frozenset()
     ends: ClassVar[frozenset[str]] = frozenset()
     evaluation_only: ClassVar[bool] = False
+    remedy: ClassVar[str] = ""
     divisible: ClassVar[bool] = True
     interface: ClassVar[Interface] = "kept"
 

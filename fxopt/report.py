@@ -49,7 +49,7 @@ class Step:
         contract: What it promises.
         status: What became of it.
         changes, skips: Its record, after rollback.
-        notes: What else the pass reported.
+        notes: What else the pass reported, after rollback; if all of it was undone, each note says so.
         rolled_back: What was undone.
         seconds: Time in the pass itself.
         check_seconds: Time spent checking it.

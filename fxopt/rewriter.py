@@ -4,7 +4,7 @@ Every change goes through a method of :class:`Rewriter`, which records it with i
 source line and provenance, and drops what became dead. A pass therefore cannot report something else than it did.
 
 Each node that ``calls()`` or ``nodes()`` hands out is one *site*: the changes made until the next node is asked for
-belong to it, and the pass manager can run the pass again with some sites left out, to find the one that is guilty.
+belong to it (or to the ``part()`` entered), and the pass manager can run the pass again with some sites left out.
 """
 
 from __future__ import annotations

@@ -1,23 +1,23 @@
 """Weights of recurrent layers, and of others, as 8-bit integers with a scale for each output.
 
-before:  y, h, c = lstm(x, [h0, c0], [w, r, b, b'])
-after:   y, h, c = dynamic_lstm(x, [h0, c0], [w as i8, scales, r as i8, scales, b, b'])
-
 before:  y, h = gru(x, h0, [w, r, b, b'])
 after:   y, h = gru(x, h0, [dequantize(w as i8, scales), dequantize(r as i8, scales), b, b'])
+
+:mod:`lstm_layers` lets an LSTM multiply the integers.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fxopt.args import arg, dtype, tensor_arg
-from fxopt.dynamic_ops import DYNAMIC_LSTM
+from fxopt.args import arg, shape
 from fxopt.effects import is_in_place
+from fxopt.layer_operators import CELLS
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.passes.quantize.saturation import avoid_saturation
 from fxopt.passes.quantize.spec import QuantSpec
@@ -27,16 +27,19 @@ from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE
 from fxopt.rewriter import Rewriter
 from fxopt.weight_only_ops import LOOKUP_NBITS
 
-__all__ = ["RECURRENT", "Int8Rows", "quantize_lstm", "row_integers", "store_gated", "why_no_constant"]
+__all__ = [
+    "RECURRENT", "Int8Rows", "is_written", "matrices_of", "matrices_refusal", "parameters_of_layer",
+    "row_integers", "store", "why_no_constant",
+]  # fmt: skip
 
 Node = torch.fx.Node
 aten = torch.ops.aten
 RECURRENT: dict[str, tuple[Any, ...]] = {
-    "lstm": (aten.lstm.input,),
-    "gru": (aten.gru.input,),
-    "rnn": (aten.rnn_tanh.input, aten.rnn_relu.input),
+    "lstm": (aten.lstm.input, aten.lstm_cell.default),
+    "gru": (aten.gru.input, aten.gru_cell.default),
+    "rnn": (aten.rnn_tanh.input, aten.rnn_relu.input, aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default),
 }
-"""The operators of each kind of recurrent layer."""
+"""The operators of each kind of recurrent layer, and of its cell."""
 
 _SPEC = QuantSpec("weight", 8, signed=True, symmetric=True, axis=0)
 _QUANTIZED = (DEQUANTIZE, FAKE_QUANTIZE, LOOKUP_NBITS)
@@ -124,77 +127,40 @@ def why_no_constant(weight: Node) -> str | None:
     return "its weight is computed when the graph runs"
 
 
-def quantize_lstm(rw: Rewriter, call: Node, rows: Int8Rows) -> bool:
-    """Let an LSTM compute in integers, or record why not; return whether it does now."""
-    reason = _lstm_refusal(rw, call, rows)
-    if reason is not None:
-        rw.skip(call, reason)
-        return False
-    each = _each(call)
-    parameters: list[Node] = []
-    for place, parameter in enumerate(arg(call, "params")):
-        parameters += rows.nodes(parameter, near=call) if place % each < 2 else [parameter]
-    options = (arg(call, name) for name in ("has_biases", "num_layers", "bidirectional", "batch_first"))
-    rw.replace_call(
-        call, DYNAMIC_LSTM, (tensor_arg(call, "input"), list(arg(call, "hx")), parameters, *options),
-        why="integers, with ranges that are found when the graph runs",
-    )  # fmt: skip
-    return True
+def parameters_of_layer(call: Node, layer: int) -> list[Node]:
+    """Return the weights and biases of one layer of a stack: its first direction, then its second one."""
+    found = list(arg(call, "params"))
+    size = len(found) // int(arg(call, "num_layers"))
+    return found[layer * size : (layer + 1) * size]
 
 
-def store_gated(rw: Rewriter, call: Node, rows: Int8Rows) -> bool:
-    """Store the weights of a GRU or simple recurrent layer as integers, or record why not; return whether they are."""
-    if rows.dequantized.issuperset(_matrices(call)):  # another call of the same layer came first
-        return True
-    reason = _matrices_refusal(rw, call, rows, _is_written)
-    if reason is not None:
-        rw.skip(call, reason)
-        return False
-    for read in _matrices(call):
-        reads = rows.reads(read)
-        first = min(user for other in reads for user in other.users)
-        why = f"{read.target} in 8 bits"
-        integers, scale = rows.nodes(read, near=first, sums=False)
-        zero_points = torch.zeros(rw.tensor(scale).shape, dtype=torch.int8)
-        zero_point = rw.constant(f"{read.target}_zero_point", zero_points, near=first)
-        rows.bytes_after += tensor_bytes(zero_points)
-        floats = rw.insert_call(DEQUANTIZE, (integers, scale, zero_point, 0), before=first, why=why)
-        rows.dequantized.add(floats)
-        for other in reads:
-            rw.replace_value(other, floats, why=why)
-    return True
+def matrices_of(call: Node, layer: int | None = None) -> list[Node]:
+    """Return the nodes of the weights of a layer, or of all, each once, biases left out; a cell has one layer."""
+    if call.target in CELLS:
+        return list(dict.fromkeys([arg(call, "w_ih"), arg(call, "w_hh")]))
+    each = 4 if arg(call, "has_biases") else 2
+    parameters = arg(call, "params") if layer is None else parameters_of_layer(call, layer)
+    return list(dict.fromkeys(node for place, node in enumerate(parameters) if place % each < 2))
 
 
-def _each(call: Node) -> int:
-    return 4 if arg(call, "has_biases") else 2
+def matrices_refusal(
+    rw: Rewriter, call: Node, matrices: Sequence[Node], rows: Int8Rows, forbidden: Callable[[Node], bool]
+) -> str | None:
+    """Return why some of the matrices of a call cannot be stored as integers, or None if they can.
 
-
-def _matrices(call: Node) -> list[Node]:
-    """Return the nodes of the weights of all layers and directions, each once, biases left out."""
-    found = [node for place, node in enumerate(arg(call, "params")) if place % _each(call) < 2]
-    return list(dict.fromkeys(found))
-
-
-def _lstm_refusal(rw: Rewriter, call: Node, rows: Int8Rows) -> str | None:
-    directions = 2 if arg(call, "bidirectional") else 1
-    if len(arg(call, "params")) != arg(call, "num_layers") * directions * _each(call):
-        return "it has projections (proj_size), which the integer kernel lacks"
-    if _drops_out(call):
-        return "dropout between its layers is active in evaluation"
-    for operand in (tensor_arg(call, "input"), *arg(call, "hx")):
-        if dtype(operand) is not torch.float32:
-            return f"its input is {dtype(operand)}"
-    return _matrices_refusal(rw, call, rows, lambda user: user.target is not aten.lstm.input)
-
-
-def _matrices_refusal(rw: Rewriter, call: Node, rows: Int8Rows, forbidden: Callable[[Node], bool]) -> str | None:
-    matrices = _matrices(call)
+    Args:
+        rw: Of the pass.
+        call: A recurrent layer or a stack of them; it is all of it that must not be too small.
+        matrices: The nodes that read the weights in question.
+        rows: What is stored.
+        forbidden: Whether a reader of a weight keeps it a float.
+    """
     for matrix in matrices:
         if (reason := why_no_constant(matrix)) is not None:
             return reason
     if named_by(rows.skip, call, [read for matrix in matrices for read in rows.reads(matrix)]):
         return "its name is one to skip"
-    total = sum(rw.tensor(matrix).numel() for matrix in matrices)
+    total = sum(math.prod(shape(matrix)) for matrix in matrices_of(call))
     if total < rows.min_elements:
         return f"its weights have {total} elements, fewer than {rows.min_elements}"
     for matrix in matrices:
@@ -206,12 +172,24 @@ def _matrices_refusal(rw: Rewriter, call: Node, rows: Int8Rows, forbidden: Calla
     return None
 
 
-def _is_written(user: Node) -> bool:
+def store(rw: Rewriter, matrices: Sequence[Node], rows: Int8Rows) -> None:
+    """Store matrices as integers, and let all that read them read the floats that these stand for."""
+    for read in matrices:
+        if read in rows.dequantized:  # another call of the same layer came first
+            continue
+        reads = rows.reads(read)
+        first = min(user for other in reads for user in other.users)
+        why = f"{read.target} in 8 bits"
+        integers, scale = rows.nodes(read, near=first, sums=False)
+        zero_points = torch.zeros(rw.tensor(scale).shape, dtype=torch.int8)
+        zero_point = rw.constant(f"{read.target}_zero_point", zero_points, near=first)
+        rows.bytes_after += tensor_bytes(zero_points)
+        floats = rw.insert_call(DEQUANTIZE, (integers, scale, zero_point, 0), before=first, why=why)
+        rows.dequantized.add(floats)
+        for other in reads:
+            rw.replace_value(other, floats, why=why)
+
+
+def is_written(user: Node) -> bool:
+    """Return whether a reader of a weight writes it."""
     return user.target is UPDATE_BUFFER or is_in_place(user.target)
-
-
-def _drops_out(call: Node) -> bool:
-    """Return whether an LSTM drops values between its layers while it evaluates."""
-    modes = call.meta.get("modes", {})
-    train, share = (modes[name][1] if name in modes else arg(call, name) for name in ("train", "dropout"))
-    return bool(train) and share > 0 and arg(call, "num_layers") > 1

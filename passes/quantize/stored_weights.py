@@ -124,10 +124,10 @@ def named_by(patterns: Sequence[str], layer: Node, reads: Sequence[Node]) -> boo
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-def check_names(skip: object) -> None:
-    """Raise TypeError unless ``skip`` is a tuple of texts: one text would be taken for a list of letters."""
-    if not isinstance(skip, tuple) or not all(isinstance(item, str) for item in skip):
-        raise TypeError(f"skip is {skip!r}; wanted a tuple of patterns, such as ('head*',)")
+def check_names(patterns: object, option: str = "skip") -> None:
+    """Raise TypeError unless ``patterns`` is a tuple of texts: one text would be taken for a list of letters."""
+    if not isinstance(patterns, tuple) or not all(isinstance(item, str) for item in patterns):
+        raise TypeError(f"{option} is {patterns!r}; wanted a tuple of patterns, such as ('head*',)")
 
 
 def tensor_bytes(*tensors: torch.Tensor | None) -> int:

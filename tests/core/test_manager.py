@@ -174,6 +174,55 @@ def test_only_the_guilty_sites_are_undone() -> None:
     assert torch.equal(out(x), gm(x))
 
 
+@dataclasses.dataclass(frozen=True)
+class DropsSomeOperands(fxopt.Pass):
+    """Takes relu away from each operand of a concatenation, each a part of its site."""
+
+    name: ClassVar[str] = "drops-operands"
+    remedy: ClassVar[str] = "operands that are never negative"
+
+    def run(self, rw: fxopt.Rewriter) -> None:
+        done = 0
+        for node in rw.calls(aten.cat.default):
+            for place, operand in enumerate(node.args[0]):
+                with rw.part(place) as chosen:
+                    if chosen:
+                        rw.replace_argument(node, operand, operand.args[0], why="idle")
+                        done += 1
+        rw.notes.append(f"{done} are idle")
+
+
+def test_only_the_guilty_parts_of_a_site_are_undone() -> None:
+    gm = fxopt.capture(lambda x: torch.cat([x.sigmoid().relu(), x.relu(), x.exp().relu()]), (torch.randn(4, 6),))
+    out = fxopt.PassManager([DropsSomeOperands()]).run(gm)
+    (step,) = out.report.steps
+    assert step.status == "partly rolled back"
+    assert step.rolled_back[0].sites == ("cat[1]",)
+    assert [change.site for change in step.changes] == ["cat[0]", "cat[2]"]
+    assert [node.target for node in out.graph.nodes].count(aten.relu.default) == 1
+    x = torch.randn(4, 6)
+    assert torch.equal(out(x), gm(x))
+    assert DropsSomeOperands()(gm, only=["cat"]).notes == ("3 are idle",)
+    assert DropsSomeOperands()(gm, only=["cat[2]"]).notes == ("1 are idle",)
+
+
+def test_a_note_claims_nothing_that_was_undone() -> None:
+    def optimized(function: Any) -> Any:
+        return fxopt.optimize(function, [DropsSomeOperands()], (torch.randn(4, 6),)).report.steps[0]
+
+    assert optimized(lambda x: torch.cat([x.exp().relu(), x.sigmoid().relu()])).notes == ("2 are idle",)
+    assert optimized(lambda x: torch.cat([x.exp().relu(), x.relu()])).notes == ("1 are idle",)
+    undone = optimized(lambda x: torch.cat([x.sin().relu(), x.relu()]))
+    assert undone.status == "rolled back"
+    assert undone.notes == ("before it was undone: 2 are idle",)
+
+
+def test_a_pass_that_is_undone_says_what_to_try() -> None:
+    undone = fxopt.optimize(lambda x: torch.cat([x.relu()]), [DropsSomeOperands()], (torch.randn(4, 6),))
+    assert "try      operands that are never negative" in str(undone.report)
+    assert "try " not in str(fxopt.optimize(three_relu, [DropsSomeRelu()], (torch.randn(4, 6),)).report)
+
+
 def test_a_bad_pass_between_good_ones(gm: fxopt.CapturedModule) -> None:
     out = fxopt.PassManager([TimesOne(), WrongConstant(), TimesOne()]).run(gm)
     assert [step.status for step in out.report.steps] == ["changed", "rolled back", "changed"]

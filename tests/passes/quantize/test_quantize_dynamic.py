@@ -242,7 +242,8 @@ def test_options_go_through_text():
         ({"kinds": ()}, ValueError, "kinds is empty"),
         ({"kinds": "lstm"}, TypeError, "wanted a tuple, such as"),
         ({"min_elements": -1}, ValueError, "min_elements is -1; wanted 0 or more"),
-        ({"skip": "head"}, TypeError, "wanted a tuple of patterns"),
+        ({"skip": "head"}, TypeError, "skip is 'head'; wanted a tuple of patterns"),
+        ({"weights_only": "head"}, TypeError, "weights_only is 'head'; wanted a tuple of patterns"),
     ],
 )
 def test_refuses_options(options: dict[str, object], error: type[Exception], told: str) -> None:
