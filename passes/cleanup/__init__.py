@@ -4,6 +4,7 @@ from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.cleanup.fold_constants import FoldConstants
 from fxopt.passes.cleanup.freeze_mode import FreezeMode
+from fxopt.passes.cleanup.fuse_activations import FuseActivations
 from fxopt.passes.cleanup.fuse_attention import FuseAttention
 from fxopt.passes.cleanup.merge_common_subexpressions import MergeCommonSubexpressions
 from fxopt.passes.cleanup.remove_dead_code import RemoveDeadCode
@@ -14,6 +15,7 @@ PASSES: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     FoldConstants,
     FreezeMode,
+    FuseActivations,
     FuseAttention,
     MergeCommonSubexpressions,
     RemoveDeadCode,
@@ -26,6 +28,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FreezeMode",
+    "FuseActivations",
     "FuseAttention",
     "MergeCommonSubexpressions",
     "RemoveDeadCode",

@@ -7,6 +7,7 @@ from fxopt.passes.cleanup import (
     FoldBatchNorm,
     FoldConstants,
     FreezeMode,
+    FuseActivations,
     FuseAttention,
     MergeCommonSubexpressions,
     RemoveDeadCode,
@@ -28,7 +29,7 @@ BEFORE_NORMS: tuple[Pass, ...] = (
 )
 """What comes before batch norms go into the layers in front of them."""
 
-BEHIND_NORMS: tuple[Pass, ...] = (LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
+BEHIND_NORMS: tuple[Pass, ...] = (FuseActivations(), LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
 """What comes behind that."""
 
 PREPARATION: tuple[Pass, ...] = (*BEFORE_NORMS, FoldBatchNorm(), *BEHIND_NORMS)
