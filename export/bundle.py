@@ -28,7 +28,8 @@ from fxopt.errors import ExportError, describe
 from fxopt.export.kernel_noise import kernel_noise
 from fxopt.export.report import ValidationReport
 from fxopt.export.to_onnx import to_onnx
-from fxopt.export.validate import Case, cases, contract_of
+from fxopt.export.validate import contract_of
+from fxopt.export.validation_cases import Case, cases
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
 from fxopt.numerics import reference

@@ -142,6 +142,50 @@ def test_a_lossy_contract_has_a_floor():
         validate(right, gm, contract=fxopt.Contract.lossy("sqnr_db", 50.0))
 
 
+class Chaos(nn.Module):
+    """Doubles every difference in each of many steps where the gain is large, and forgets it where it is small."""
+
+    def __init__(self, wave=torch.cos):
+        super().__init__()
+        self.wave = wave
+
+    def forward(self, x, gain):
+        for _ in range(40):
+            x = self.wave(x * gain)
+        return x
+
+
+GAINS = torch.cat([torch.full((45,), 0.5), torch.full((6,), 40.0), torch.full((45,), 0.5)])
+FLOOR = fxopt.Contract.lossy("sqnr_db", 8)
+
+
+def test_a_floor_is_not_held_against_a_file_where_the_graph_itself_is_as_far_off():
+    gm = captured(Chaos(), torch.linspace(0, 1, 96)[torch.randperm(96)], GAINS, dynamic=False)
+    report = validate(to_onnx(gm, validate=False), gm, contract=FLOOR)
+    assert report.notes
+    assert all("other values" in note and "and the graph itself in float32 is only" in note for note in report.notes)
+
+
+def test_on_the_users_own_values_it_is():
+    gm = captured(Chaos(), torch.rand(96), torch.full((96,), 40.0), dynamic=False)
+    with pytest.raises(fxopt.NumericsError, match="on sample 0"):
+        validate(to_onnx(gm, validate=False), gm, contract=FLOOR)
+
+
+def test_a_file_that_is_further_off_than_the_graph_itself_is_refused():
+    class Sized(nn.Module):
+        def __init__(self, more):
+            super().__init__()
+            self.more = more
+
+        def forward(self, x):
+            return x * (1 + self.more * (x.shape[0] - 2))
+
+    gm, other = (captured(Sized(more), torch.randn(2, 5)) for more in (0, 1))
+    with pytest.raises(fxopt.NumericsError, match="sqnr_db is"):
+        validate(to_onnx(other, validate=False), gm, contract=FLOOR)
+
+
 def test_the_contract_of_lossy_passes_is_the_default():
     gm = captured(lambda x: x * 1.01, torch.randn(30, 6))
     gm.report = fxopt.Report(contract="LOSSY(sqnr_db >= 30, cosine >= 0.9)")
