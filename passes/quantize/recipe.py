@@ -46,6 +46,7 @@ METHODS_TRIED = ("mse", "minmax")
 _TRIED_ROWS = 32  # rows of calibration inputs to learn from, and again to measure on
 _ROWS_TOGETHER = 16  # that calibration runs at once
 _GAIN = 0.1  # dB by which a way must be better to be worth its while
+_PRECISE = 30.0  # dB from which on speed counts for more: the noise is a thousandth of the signal's power
 _FLOAT_GAIN = 1.0  # dB by which it must be better to leave layers out of the integers
 
 
@@ -145,6 +146,9 @@ class Search:
     ) -> Candidate:
         names = results_for_floats(best.gm, best.plan, self.target)
         if not names:
+            return best
+        if best.sqnr_db >= _PRECISE:  # they take longer, and buy what nobody needs
+            self.ledger.append(f"float results of {', '.join(names)}: not tried, {best.sqnr_db:.1f} dB are enough")
             return best
         means = channel_means(best.gm, self.target, learn)
         tried = self._corrected(best.gm, best.plan.without(*names), means, learn, measure, want, "float results")
