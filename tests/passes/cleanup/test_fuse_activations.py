@@ -97,7 +97,7 @@ def test_the_two_gelus_are_told_apart():
     lambda x: x * torch.tanh(F.softplus(x, threshold=2)),
     lambda x: 2 * x * torch.tanh(F.softplus(x)),
     lambda x: x / F.relu6(x + 3) * 6,
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_what_computes_something_else_stays(fn):
     assert not check_pass(FuseActivations(), fn, X).modified
 
