@@ -19,6 +19,7 @@ from fxopt.passes.branches import (
 from fxopt.passes.cleanup import (
     FoldBatchNorm,
     FoldConstants,
+    FoldScale,
     FreezeMode,
     FuseActivations,
     FuseAttention,
@@ -114,6 +115,7 @@ __all__ = [
     "ExtractStudent",
     "FoldBatchNorm",
     "FoldConstants",
+    "FoldScale",
     "FreezeMode",
     "FuseActivations",
     "FuseAttention",

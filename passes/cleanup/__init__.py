@@ -3,6 +3,7 @@
 from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.fold_batch_norm import FoldBatchNorm
 from fxopt.passes.cleanup.fold_constants import FoldConstants
+from fxopt.passes.cleanup.fold_scale import FoldScale
 from fxopt.passes.cleanup.freeze_mode import FreezeMode
 from fxopt.passes.cleanup.fuse_activations import FuseActivations
 from fxopt.passes.cleanup.fuse_attention import FuseAttention
@@ -14,6 +15,7 @@ from fxopt.passes.cleanup.simplify_algebra import SimplifyAlgebra
 PASSES: tuple[type[Pass], ...] = (
     FoldBatchNorm,
     FoldConstants,
+    FoldScale,
     FreezeMode,
     FuseActivations,
     FuseAttention,
@@ -27,6 +29,7 @@ __all__ = [
     "PASSES",
     "FoldBatchNorm",
     "FoldConstants",
+    "FoldScale",
     "FreezeMode",
     "FuseActivations",
     "FuseAttention",

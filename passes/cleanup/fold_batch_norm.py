@@ -16,7 +16,7 @@ Source: Jacob et al. 2018, Quantization and Training of Neural Networks, section
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -25,18 +25,22 @@ from fxopt.contracts import Contract
 from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.pass_base import Pass
-from fxopt.passes.cleanup.batch_norm_algebra import fold_after, fold_before, fold_into_norm, scale_and_shift
+from fxopt.passes.cleanup.batch_norm_algebra import fold_before, fold_into_norm, scale_and_shift
+from fxopt.passes.cleanup.layer_weights import (
+    LAYER_ARGUMENTS,
+    fold_behind,
+    groups_of,
+    install,
+    sibling,
+    weights_of,
+    weights_refusal,
+)
 from fxopt.rewriter import Rewriter
 
 __all__ = ["FoldBatchNorm"]
 
 aten = torch.ops.aten
 _NORM = aten.batch_norm.default
-# Each layer's arguments: what it reads, its weight, its bias.
-_ARGUMENTS: dict[Any, tuple[str, str, str]] = {
-    **dict.fromkeys([*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, aten.linear.default, _NORM], ("input", "weight", "bias")),
-    aten.addmm.default: ("mat1", "mat2", "self"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +60,10 @@ class FoldBatchNorm(Pass):
             if reason is not None:
                 rw.skip(norm, reason)
             elif rw.readers(str(statistics.target), statistics.graph) == 0:
-                folded.add(_sibling(str(statistics.target), "num_batches_tracked"))
+                folded.add(sibling(str(statistics.target), "num_batches_tracked"))
         for update in rw.calls(UPDATE_BUFFER):
             if str(arg(update, "buffer").target) in folded:
                 rw.discard(update, why="counts the batches of a folded batch norm")
-
-
-def _sibling(path: str, name: str) -> str:
-    prefix = path.rpartition(".")[0]
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _not_ready(norm: torch.fx.Node) -> str | None:
@@ -81,11 +80,11 @@ def _not_ready(norm: torch.fx.Node) -> str | None:
 def _fold(rw: Rewriter, norm: torch.fx.Node) -> str | None:
     """Fold one batch norm, and return None; or return why that is impossible."""
     layer = arg(norm, "input")
-    reason = _refuses_after(rw, layer, norm) or _fold_after(rw, layer, norm)
+    reason = _refuses_after(rw, layer, norm) or fold_behind(rw, layer, norm, *_affine(rw, norm))
     behind = next(iter(norm.users)) if len(norm.users) == 1 else None
-    if reason is None or behind is None or behind.target not in _ARGUMENTS:
+    if reason is None or behind is None or behind.target not in LAYER_ARGUMENTS:
         return reason
-    if arg(behind, _ARGUMENTS[behind.target][0]) is not norm:
+    if arg(behind, LAYER_ARGUMENTS[behind.target][0]) is not norm:
         return reason
     return _refuses_before(rw, norm, behind) or _fold_before(rw, norm, behind)
 
@@ -93,16 +92,16 @@ def _fold(rw: Rewriter, norm: torch.fx.Node) -> str | None:
 def _refuses_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str | None:
     """Return why the batch norm cannot go into the operator before it, or None."""
     # A batch norm before another one is folded into that when it is looked at itself.
-    if layer.op != "call_function" or layer.target not in _ARGUMENTS or layer.target is _NORM:
+    if layer.op != "call_function" or layer.target not in LAYER_ARGUMENTS or layer.target is _NORM:
         return f"{layer.name} before it is not a convolution or linear layer"
     if len(layer.users) > 1:
         return f"{layer.name} has {len(layer.users)} users"
-    return _refuses_weights(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of {layer.name}")
+    return weights_refusal(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of {layer.name}")
 
 
 def _refuses_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:
     """Return why the batch norm cannot go into the operator behind it, or None."""
-    reason = _refuses_weights(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of the input of {layer.name}")
+    reason = weights_refusal(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of the input of {layer.name}")
     if layer.target is _NORM:
         reason = _not_ready(layer)
     if reason is not None:
@@ -112,18 +111,6 @@ def _refuses_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> 
         return f"{layer.name} pads with zeros, which the shift of the batch norm would change"
     if layer.target in TRANSPOSED_CONVOLUTIONS and bool(shift.any()):
         return f"the border of {layer.name} would get the shift of the batch norm less often than its middle"
-    return None
-
-
-def _refuses_weights(rw: Rewriter, layer: torch.fx.Node) -> str | None:
-    for name in _ARGUMENTS[layer.target][1:]:
-        source = arg(layer, name)
-        if isinstance(source, torch.fx.Node) and source.op != "get_attr":
-            return f"the {'bias' if name in ('bias', 'self') else 'weight'} of {layer.name} is computed by the graph"
-    if layer.target is aten.addmm.default and (
-        (arg(layer, "alpha"), arg(layer, "beta")) != (1, 1) or rw.value(arg(layer, "self")).ndim != 1
-    ):
-        return f"{layer.name} scales its terms, or adds more than a bias"
     return None
 
 
@@ -145,39 +132,22 @@ def _pads(layer: torch.fx.Node) -> bool:
     return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
-def _fold_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str | None:
-    scale, shift = _affine(rw, norm)
-    weight, bias = _weights(rw, layer)
-    if layer.target is aten.addmm.default:
-        new_weight, new_bias = fold_after(weight.t(), bias, scale, shift)
-        new_weight = new_weight.t()
-    else:
-        new_weight, new_bias = fold_after(
-            weight, bias, scale, shift, transposed=layer.target in TRANSPOSED_CONVOLUTIONS, groups=_groups(layer)
-        )
-    return _install(rw, norm, layer, new_weight, new_bias, value=layer)
-
-
 def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:
     scale, shift = _affine(rw, norm)
     if layer.target is _NORM:
         new_weight, new_bias = fold_into_norm(*_affine(rw, layer), *_statistics(rw, layer), scale, shift)
         dtype = rw.tensor(arg(layer, "running_mean")).dtype
         new_weight, new_bias = new_weight.to(dtype), new_bias.to(dtype)
-        return _install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
-    weight, bias = _weights(rw, layer)
+        return install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
+    weight, bias = weights_of(rw, layer)
     if layer.target is aten.addmm.default:
         new_weight, new_bias = fold_before(weight.t(), bias, scale, shift)
         new_weight = new_weight.t()
     else:
         new_weight, new_bias = fold_before(
-            weight, bias, scale, shift, transposed=layer.target in TRANSPOSED_CONVOLUTIONS, groups=_groups(layer)
+            weight, bias, scale, shift, transposed=layer.target in TRANSPOSED_CONVOLUTIONS, groups=groups_of(layer)
         )
-    return _install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
-
-
-def _groups(layer: torch.fx.Node) -> int:
-    return 1 if layer.target is aten.linear.default else int(arg(layer, "groups"))
+    return install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
 
 
 def _statistics(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor]:
@@ -191,43 +161,3 @@ def _affine(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tens
         None if arg(norm, name) is None else rw.tensor(arg(norm, name)).detach().double() for name in ("weight", "bias")
     )
     return scale_and_shift(gamma, beta, mean, deviation)
-
-
-def _weights(rw: Rewriter, layer: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor | None]:
-    _, weight, bias = (arg(layer, name) for name in _ARGUMENTS[layer.target])
-    return rw.tensor(weight), None if bias is None else rw.tensor(bias)
-
-
-def _install(
-    rw: Rewriter,
-    norm: torch.fx.Node,
-    layer: torch.fx.Node,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    *,
-    value: torch.fx.Node,
-) -> str | None:
-    """Give the layer its new tensors, under their old names where nobody else reads these, and take out the norm.
-
-    Returns:
-        Why that is impossible, or None.
-    """
-    if not (bool(weight.isfinite().all()) and bool(bias.isfinite().all())):
-        return f"the folded weights of {layer.name} are not finite in {weight.dtype}"
-    why = f"took in {norm.name}"
-    _, weight_name, bias_name = _ARGUMENTS[layer.target]
-    home = arg(layer, weight_name) or arg(layer, "running_mean")
-    trainable = rw.tensor(home).requires_grad
-    for name, plain_name, tensor in ((weight_name, "weight", weight), (bias_name, "bias", bias)):
-        source = arg(layer, name)
-        if source is not None and len(source.users) == 1 and rw.readers(str(source.target), source.graph) == 1:
-            rw.set_tensor(source, tensor, why=why)
-        else:
-            path = str(source.target) if source is not None else _sibling(str(home.target), plain_name)
-            rw.set_arg(layer, name, rw.constant(path, tensor, near=layer, trainable=trainable, why=why), why=why)
-    note = "; train() will keep its present statistics" if "modes" in norm.meta else ""
-    rw.replace_value(norm, value, why=f"folded into {layer.name}{note}")
-    if not norm._erased:
-        # It could be switched to training, where it writes its statistics; folded, it no longer can.
-        rw.discard(norm, why=f"folded into {layer.name}")
-    return None

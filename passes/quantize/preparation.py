@@ -6,6 +6,7 @@ from fxopt.pass_base import Pass
 from fxopt.passes.cleanup import (
     FoldBatchNorm,
     FoldConstants,
+    FoldScale,
     FreezeMode,
     FuseActivations,
     FuseAttention,
@@ -32,8 +33,16 @@ BEFORE_NORMS: tuple[Pass, ...] = (
 BEHIND_NORMS: tuple[Pass, ...] = (FuseActivations(), LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
 """What comes behind that."""
 
-PREPARATION: tuple[Pass, ...] = (*BEFORE_NORMS, FoldBatchNorm(), *BEHIND_NORMS)
-"""All of it."""
+# Constants of a function that is spelled out are no scale of the layer before it.
+PREPARATION: tuple[Pass, ...] = (
+    *BEFORE_NORMS,
+    FuseActivations(),
+    FoldScale(),
+    FoldBatchNorm(),
+    FoldScale(),
+    *BEHIND_NORMS,
+)
+"""All of it, for a graph whose weights are trained no more."""
 
 
 def preparation_for(target: Target) -> tuple[Pass, ...]:

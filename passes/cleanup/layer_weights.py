@@ -1,0 +1,122 @@
+"""Weights and biases of linear operators: where they stand in a call, and how a pass gives a layer other ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fxopt.args import arg
+from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxopt.passes.cleanup.batch_norm_algebra import fold_after
+from fxopt.rewriter import Rewriter
+
+__all__ = ["LAYER_ARGUMENTS", "fold_behind", "groups_of", "install", "sibling", "weights_of", "weights_refusal"]
+
+aten = torch.ops.aten
+
+LAYER_ARGUMENTS: dict[Any, tuple[str, str, str]] = {
+    **dict.fromkeys(
+        [*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, aten.linear.default, aten.batch_norm.default],
+        ("input", "weight", "bias"),
+    ),
+    aten.addmm.default: ("mat1", "mat2", "self"),
+}
+"""What it reads, its weight and its bias, by the names of the arguments of each layer."""
+
+
+def sibling(path: str, name: str) -> str:
+    """Return the path of another tensor of the same module."""
+    prefix = path.rpartition(".")[0]
+    return f"{prefix}.{name}" if prefix else name
+
+
+def weights_refusal(rw: Rewriter, layer: torch.fx.Node) -> str | None:
+    """Return why a layer cannot get other weights, or None if it can."""
+    for name in LAYER_ARGUMENTS[layer.target][1:]:
+        source = arg(layer, name)
+        if isinstance(source, torch.fx.Node) and source.op != "get_attr":
+            return f"the {'bias' if name in ('bias', 'self') else 'weight'} of {layer.name} is computed by the graph"
+    if layer.target is aten.addmm.default and (
+        (arg(layer, "alpha"), arg(layer, "beta")) != (1, 1) or rw.value(arg(layer, "self")).ndim != 1
+    ):
+        return f"{layer.name} scales its terms, or adds more than a bias"
+    return None
+
+
+def groups_of(layer: torch.fx.Node) -> int:
+    """Return the groups of a layer; 1 for one that has none."""
+    return int(arg(layer, "groups")) if layer.target in (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS) else 1
+
+
+def weights_of(rw: Rewriter, layer: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return weight and bias of a layer."""
+    _, weight, bias = (arg(layer, name) for name in LAYER_ARGUMENTS[layer.target])
+    return rw.tensor(weight), None if bias is None else rw.tensor(bias)
+
+
+def fold_behind(
+    rw: Rewriter,
+    layer: torch.fx.Node,
+    node: torch.fx.Node,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    value: torch.fx.Node | None = None,
+) -> str | None:
+    """Let a layer compute ``node``, which is ``scale * layer + shift``; return why that is impossible, or None.
+
+    Args:
+        rw: Of the pass.
+        layer: A layer whose weights can be changed, that ``node`` alone is computed from.
+        node: What is folded.
+        scale: float64[channels].
+        shift: float64[channels].
+        value: The layer with its axes moved, if that is what ``node`` reads.
+    """
+    weight, bias = weights_of(rw, layer)
+    if layer.target is aten.addmm.default:
+        new_weight, new_bias = fold_after(weight.t(), bias, scale, shift)
+        new_weight = new_weight.t()
+    else:
+        transposed = layer.target in TRANSPOSED_CONVOLUTIONS
+        new_weight, new_bias = fold_after(weight, bias, scale, shift, transposed=transposed, groups=groups_of(layer))
+    kept = None if bias is None and not bool(shift.any()) else new_bias
+    return install(rw, node, layer, new_weight, kept, value=layer if value is None else value)
+
+
+def install(
+    rw: Rewriter,
+    node: torch.fx.Node,
+    layer: torch.fx.Node,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    value: torch.fx.Node,
+) -> str | None:
+    """Give a layer its new tensors, under their old names where nobody else reads these, and take out ``node``.
+
+    Returns:
+        Why that is impossible, or None.
+    """
+    if not all(bool(tensor.isfinite().all()) for tensor in (weight, bias) if tensor is not None):
+        return f"the folded weights of {layer.name} are not finite in {weight.dtype}"
+    why = f"took in {node.name}"
+    _, weight_name, bias_name = LAYER_ARGUMENTS[layer.target]
+    home = arg(layer, weight_name) or arg(layer, "running_mean")
+    trainable = rw.tensor(home).requires_grad
+    for name, plain_name, tensor in ((weight_name, "weight", weight), (bias_name, "bias", bias)):
+        source = arg(layer, name)
+        if tensor is None:
+            continue
+        if source is not None and len(source.users) == 1 and rw.readers(str(source.target), source.graph) == 1:
+            rw.set_tensor(source, tensor, why=why)
+        else:
+            path = str(source.target) if source is not None else sibling(str(home.target), plain_name)
+            rw.set_arg(layer, name, rw.constant(path, tensor, near=layer, trainable=trainable, why=why), why=why)
+    note = "; train() will keep its present statistics" if "modes" in node.meta else ""
+    rw.replace_value(node, value, why=f"folded into {layer.name}{note}")
+    if not node._erased:
+        # A batch norm that could be switched to training, where it writes its statistics; folded, it no longer can.
+        rw.discard(node, why=f"folded into {layer.name}")
+    return None
