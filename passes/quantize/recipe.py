@@ -44,6 +44,7 @@ METHODS_TRIED = ("mse", "minmax")
 """The range methods that ``"auto"`` tries."""
 
 _TRIED_ROWS = 32  # rows of calibration inputs to learn from, and again to measure on
+_TRIED_NUMBERS = 2**22  # numbers in all of these, with which half of the rows do: large images have many of each kind
 _ROWS_TOGETHER = 16  # that calibration runs at once
 _GAIN = 0.1  # dB by which a way must be better to be worth its while
 _PRECISE = 30.0  # dB from which on speed counts for more: the noise is a thousandth of the signal's power
@@ -236,7 +237,8 @@ class Search:
         )
 
     def _held(self, gm: CapturedModule) -> list[Sample]:
-        return list(first_rows(calibration_samples(gm, calibration_of(gm)), 2 * _TRIED_ROWS))
+        samples = calibration_samples(gm, calibration_of(gm))
+        return list(first_rows(samples, 2 * _TRIED_ROWS, _TRIED_NUMBERS))
 
     def _samples(self) -> tuple[list[Sample], list[Sample]]:
         """Return samples to learn from and samples to measure on; the same ones if there is only one."""

@@ -1,6 +1,7 @@
 """The pass as users call it: calibration, recipes, plans, refusals, and both sides of a branch."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from fxopt.export import coverage, to_onnx, validate
 from fxopt.numerics import measure
 from fxopt.passes import CorrectBias, EqualizeChannels, InsertQdq, Quantize, QuantPlan
 from fxopt.passes.quantize import recipe as recipe_module
-from fxopt.passes.quantize.merged_rows import MergedRows, merged_rows
+from fxopt.passes.quantize.merged_rows import MergedRows, first_rows, merged_rows
 from fxopt.passes.quantize.quantize import PREPARATION
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.target import ORT_CPU
@@ -303,6 +304,12 @@ def test_single_rows_are_tried_together_where_the_graph_allows_it():
     others = [fxopt.Sample((IMAGES[:1],)), fxopt.Sample((IMAGES[:1, :, :4],))]
     free = fxopt.capture(awake(Residual()), (IMAGES,), dynamic_shapes={"image": {0: "batch", 2: "height"}})
     assert merged_rows(free, others) is others
+
+
+@pytest.mark.parametrize(("numbers", "taken"), [(math.inf, 4), (1, 2), (25, 3), (31, 4)])
+def test_half_of_the_rows_do_where_they_have_numbers_enough(numbers, taken):
+    samples = [fxopt.Sample((torch.zeros(2, 5),)) for _ in range(6)]
+    assert len(list(first_rows(iter(samples), 8, numbers))) == taken
 
 
 def test_inputs_of_few_rows_are_merged_up_to_a_limit():
