@@ -1,9 +1,10 @@
 """Captured graphs of any size, made without tracing: blocks in which each cleanup pass finds the same share of work.
 
-A block of 40 nodes: reads of its parameters and buffers; convolution and batch norm, which counts its batches while
+A block of 47 nodes: reads of its parameters and buffers; convolution and batch norm, which counts its batches while
 training; a convolution with a weight that all blocks share, and its batch norm; inactive dropout, a copy, a pair of
-permutations; a constant expression; equal calls; a chain of clamps, a repeated relu and a factor of 1; a value that
-depends on the mode; dead code. Every eighth block has a branch of two small graphs as well.
+permutations; a constant expression; equal calls; a chain of clamps, a repeated relu and a factor of 1; a scaled
+convolution; a hardswish that is spelled out; a value that depends on the mode; dead code. Every eighth block has a
+branch of two small graphs as well.
 """
 
 from __future__ import annotations
@@ -113,6 +114,10 @@ class Builder:
         x = call(aten.add.Tensor, call(aten.sigmoid.default, x), call(aten.sigmoid.default, x))
         x = call(aten.relu.default, call(aten.relu.default, x))
         x = call(aten.mul.Tensor, call(aten.clamp.default, call(aten.clamp.default, x, 0, 6), 0.1, 3), 1)
+        mixing = self.read(f"{path}.mixing", lambda: torch.nn.Parameter(torch.rand(CHANNELS, CHANNELS, 1, 1)))
+        x = call(aten.mul.Tensor, call(aten.conv2d.default, x, mixing), 0.5)
+        gate = call(aten.clamp.default, call(aten.add.Tensor, x, 3), 0, 6)
+        x = call(aten.div.Tensor, call(aten.mul.Tensor, x, gate), 6)
         x = call(SELECT_MODE, call(aten.tanh.default, x), x, False, modes={"training": (True, False)})
         call(aten.cos.default, self.read(f"{path}.unread", lambda: torch.nn.Parameter(torch.rand(CHANNELS))))
         self.x = self.branch(x, f"branch{index}") if index % BLOCKS_PER_BRANCH == 0 else x
