@@ -14,6 +14,8 @@ from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 
 aten = torch.ops.aten
 
+_LONG = 2**17
+
 
 @translates(aten.batch_norm.default)
 def batch_norm(
@@ -46,9 +48,24 @@ def _batch_statistics_norm(emit: Emitter, x: Value, weight: Value | None, bias: 
 
 def _standardized(emit: Emitter, x: Value, axes: list[int], eps: float) -> Value:
     """Return ``x`` with mean 0 and variance 1 over ``axes``."""
-    centred = emit("Sub", x, emit("ReduceMean", x, axes, keepdims=1))
-    spread = emit("ReduceMean", emit("Mul", centred, centred), axes, keepdims=1)
+    centred = emit("Sub", x, _mean(emit, x, axes))
+    spread = _mean(emit, emit("Mul", centred, centred), axes)
     return emit("Div", centred, emit("Sqrt", emit("Add", spread, eps)), dims=dims(x))
+
+
+def _mean(emit: Emitter, x: Value, axes: list[int]) -> Value:
+    """Return the mean over ``axes``, one after the other: ORT adds up all numbers of one reduction in a row."""
+    for axis in sorted(axes, reverse=True):
+        x = emit("ReduceMean", x, [axis], keepdims=1)
+    return x
+
+
+def _is_long(emit: Emitter, x: Value, count: Size) -> bool:
+    """Return whether so many numbers, or an unknown number of them, are too many for one normalization of ORT's.
+
+    It adds them up in a row, in single precision: of 4 million of them the statistics keep 4 digits.
+    """
+    return emit.runtime == "ort-cpu" and dtype_of(x) is torch.float32 and (not isinstance(count, int) or count > _LONG)
 
 
 @translates(aten.native_batch_norm.default)
@@ -114,7 +131,8 @@ def layer_norm(
     eps: float,
     cudnn_enable: bool,
 ) -> Value:
-    if dtype_of(x) is torch.float64:  # ORT computes the statistics in single precision
+    several = len(shape) > 1
+    if dtype_of(x) is torch.float64 or (several and _is_long(emit, x, product(shape))):  # ORT's statistics are single
         axes = list(range(rank(x) - len(shape), rank(x)))
         normed = _standardized(emit, x, axes, eps)
         normed = normed if weight is None else emit("Mul", normed, weight)
@@ -156,6 +174,10 @@ def group_norm(
     grouped = emit.reshape(x, (batch, groups, channels // groups * product(rest)))
     if batch == 0 or 0 in rest:
         return x
+    if _is_long(emit, x, channels // groups * product(rest)):
+        apart = emit.reshape(x, (batch, groups, channels // groups, *rest))
+        normed = _standardized(emit, apart, list(range(2, rank(apart))), eps)
+        return _scaled(emit, emit.reshape(normed, dims(x)), weight, bias, channels)
     normed = emit(
         "InstanceNormalization",
         grouped,
@@ -205,6 +227,8 @@ def instance_norm(
     if not use_input_stats and mean is not None and var is not None:
         return _affine_norm(emit, x, weight, bias, mean, var, eps)
     channels, dtype = dims(x)[1], dtype_of(x)
+    if rank(x) > 3 and _is_long(emit, x, product(dims(x)[2:])):
+        return _scaled(emit, _standardized(emit, x, list(range(2, rank(x))), eps), weight, bias, channels)
     scale = _filled(emit, 1.0, channels, dtype) if weight is None else weight
     shift = _filled(emit, 0.0, channels, dtype) if bias is None else bias
     return emit("InstanceNormalization", x, scale, shift, epsilon=float(eps))

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import Dim
 
-from fxopt.export import optimized_model
+import fxopt
+from fxopt.export import optimized_model, to_onnx
 from tests.export.proof import op_types, prove
 
 pytestmark = pytest.mark.ort
@@ -83,6 +85,29 @@ def test_rms_norm(options, opset):
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"eps": 1e-2}])
 def test_group_norm(rank, options):
     prove(settled(nn.GroupNorm(2, 4, **options)), torch.randn(3, 4, *(5, 4, 3)[:rank]))
+
+
+@pytest.mark.parametrize(("layer", "shape"), [
+    (nn.GroupNorm(1, 16), (1, 16, 300, 300)),
+    (nn.GroupNorm(2, 16), (1, 16, 90000)),
+    (nn.InstanceNorm2d(2, affine=True), (1, 2, 1200, 1200)),
+    (nn.LayerNorm([16, 300, 300]), (1, 16, 300, 300)),
+], ids=["group", "group in 1d", "instance", "layer"])  # fmt: skip
+def test_statistics_of_a_million_numbers_keep_their_digits(layer, shape):
+    # ORT's own kernels add up all of them in a row, in single precision.
+    prove(settled(layer), torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2 + 3, dynamic=False)
+
+
+def test_sizes_of_the_image_decide_who_adds_up():
+    layer, image = settled(nn.GroupNorm(2, 4)), torch.randn(2, 4, 6, 6)
+    free = {"input": {2: Dim("height", min=2, max=4096)}}
+    files = {
+        "short": to_onnx(fxopt.capture(layer, (image,))),
+        "unknown": to_onnx(fxopt.capture(layer, (image,), dynamic_shapes=free)),
+        "unknown, another runtime": to_onnx(fxopt.capture(layer, (image,), dynamic_shapes=free), runtime="onnx"),
+    }
+    ours = {name: "ReduceMean" in op_types(file) for name, file in files.items()}
+    assert ours == {"short": False, "unknown": True, "unknown, another runtime": False}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
