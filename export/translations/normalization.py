@@ -10,11 +10,10 @@ from fxopt.export.dtypes import HALF_TYPES
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
+from fxopt.export.translations.reduce import LONG_SUM
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 
 aten = torch.ops.aten
-
-_LONG = 2**17
 
 
 @translates(aten.batch_norm.default)
@@ -65,7 +64,9 @@ def _is_long(emit: Emitter, x: Value, count: Size) -> bool:
 
     It adds them up in a row, in single precision: of 4 million of them the statistics keep 4 digits.
     """
-    return emit.runtime == "ort-cpu" and dtype_of(x) is torch.float32 and (not isinstance(count, int) or count > _LONG)
+    return (
+        emit.runtime == "ort-cpu" and dtype_of(x) is torch.float32 and (not isinstance(count, int) or count > LONG_SUM)
+    )
 
 
 @translates(aten.native_batch_norm.default)

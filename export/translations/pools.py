@@ -14,6 +14,7 @@ from fxopt.export.sizes import Size, product
 from fxopt.export.translations.convolution import Pair, batched, spread
 from fxopt.export.translations.pad import pad_value
 from fxopt.export.translations.quantized import is_quantized
+from fxopt.export.translations.reduce import LONG_SUM, reduced
 from fxopt.export.translations.shape import out_dims
 from fxopt.layer_operators import CONVOLUTIONS
 from fxopt.quantized_ops import DEQUANTIZE
@@ -238,6 +239,9 @@ def adaptive_avg_pool(emit: Emitter, x: Value, output_size: Pair) -> Value:
     if outs == sizes:
         return x
     if outs == [1] * spatial:
+        count = product(sizes)
+        if isinstance(count, int) and count > LONG_SUM and not is_quantized(emit):
+            return reduced(emit, "ReduceMean", x, list(range(-spatial, 0)), True)
         return batched(emit, x, spatial, lambda batch: emit("GlobalAveragePool", batch))
     if all(isinstance(s, int) and isinstance(o, int) and s % o == 0 for s, o in zip(sizes, outs, strict=True)):
         steps = [int(s) // int(o) for s, o in zip(sizes, outs, strict=True)]

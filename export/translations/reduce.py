@@ -18,15 +18,29 @@ from fxopt.export.translations.shape import axis_of
 aten = torch.ops.aten
 Axes = int | Sequence[int] | None
 
+LONG_SUM = 2**17
+"""How many numbers ORT may add up: it does so in a row, in single precision, but one axis after the other if asked."""
+
+_SUMS = frozenset({"ReduceSum", "ReduceMean"})
+
 
 def reduced(emit: Emitter, op_type: str, x: Value, dim: Axes = None, keepdim: bool = False) -> Value:
     """Return ``x`` reduced over ``dim``, or over all axes if it names none."""
     axes = axes_of(x, dim)
     if rank(x) == 0:
         return _reduced_scalar(emit, op_type, x)
+    count = count_of(emit, x, dim)
+    if op_type in _SUMS and isinstance(count, int) and count > LONG_SUM:
+        for axis in reversed(axes):
+            x = _over(emit, op_type, x, [axis], keepdim)
+        return x
+    return _over(emit, op_type, x, None if len(axes) == rank(x) else axes, keepdim)
+
+
+def _over(emit: Emitter, op_type: str, x: Value, axes: list[int] | None, keepdim: bool) -> Value:
     if emit.opset < 18 and op_type != "ReduceSum":
         return emit(op_type, x, axes=axes, keepdims=int(keepdim))
-    return emit(op_type, x, None if len(axes) == rank(x) else axes, keepdims=int(keepdim))
+    return emit(op_type, x, axes, keepdims=int(keepdim))
 
 
 def axes_of(x: Value, dim: Axes) -> list[int]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.export.proof import integers, prove
 
@@ -111,6 +112,15 @@ def test_reduction_before_opset_20(name):
 )
 def test_reduction_of_a_tensor_without_axes(function):
     prove(lambda x: function(x), torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("function", [
+    lambda x: x.var((1, 2)), lambda x: x.std(), lambda x: x.mean((0, 2), keepdim=True), lambda x: x.sum(),
+    lambda x: F.adaptive_avg_pool2d(x[None], 1), lambda x: F.adaptive_avg_pool2d(x, 1),
+])  # fmt: skip
+def test_a_million_numbers_keep_their_digits(function):
+    # ORT adds up the numbers of one reduction in a row, in single precision.
+    prove(function, torch.rand(2, 1200, 1100, generator=torch.Generator().manual_seed(0)) * 2 + 1, dynamic=False)
 
 
 def test_variance_over_a_dynamic_axis():
