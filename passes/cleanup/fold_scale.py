@@ -125,12 +125,11 @@ def _fold(rw: Rewriter, site: _Site) -> str | None:
     numbers, node = _along_channels(rw, site), site.node
     if numbers is None:
         return "its constant differs along other axes than that of the channels"
-    one, zero = torch.ones_like(numbers), torch.zeros_like(numbers)
-    if node.target is aten.mul.Tensor:
-        scale, shift = numbers, zero
-    elif node.target is aten.div.Tensor:
-        scale, shift = 1 / numbers, zero
-    else:
+    scale, shift = numbers, None
+    if node.target is aten.div.Tensor:
+        scale = 1 / numbers
+    elif node.target is not aten.mul.Tensor:
+        one = torch.ones_like(numbers)
         alpha = float(arg(node, "alpha"))
         sign = alpha if node.target is aten.add.Tensor else -alpha
         first = arg(node, "self") is site.value and node.target is not aten.rsub.Scalar

@@ -60,7 +60,7 @@ def fold_behind(
     layer: torch.fx.Node,
     node: torch.fx.Node,
     scale: torch.Tensor,
-    shift: torch.Tensor,
+    shift: torch.Tensor | None,
     *,
     value: torch.fx.Node | None = None,
 ) -> str | None:
@@ -71,17 +71,18 @@ def fold_behind(
         layer: A layer whose weights can be changed, that ``node`` alone is computed from.
         node: What is folded.
         scale: float64[channels].
-        shift: float64[channels].
+        shift: float64[channels]; None for none, so that a layer without bias gets none.
         value: The layer with its axes moved, if that is what ``node`` reads.
     """
     weight, bias = weights_of(rw, layer)
+    moved = torch.zeros_like(scale) if shift is None else shift
     if layer.target is aten.addmm.default:
-        new_weight, new_bias = fold_after(weight.t(), bias, scale, shift)
+        new_weight, new_bias = fold_after(weight.t(), bias, scale, moved)
         new_weight = new_weight.t()
     else:
         transposed = layer.target in TRANSPOSED_CONVOLUTIONS
-        new_weight, new_bias = fold_after(weight, bias, scale, shift, transposed=transposed, groups=groups_of(layer))
-    kept = None if bias is None and not bool(shift.any()) else new_bias
+        new_weight, new_bias = fold_after(weight, bias, scale, moved, transposed=transposed, groups=groups_of(layer))
+    kept = None if bias is None and shift is None else new_bias
     return install(rw, node, layer, new_weight, kept, value=layer if value is None else value)
 
 
