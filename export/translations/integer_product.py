@@ -18,11 +18,10 @@ from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.origins import WRITTEN_FOR
 from fxopt.export.sizes import Size
 from fxopt.export.translations.pad import padded
+from fxopt.export.translations.quantized import Parameters, dequantized_from
 from fxopt.export.translations.shape import INT_MAX, out_dims
 
 __all__ = ["integer_convolution", "integer_product"]
-
-Parameters = tuple[Value, Value, Value]
 
 
 def integer_product(emit: Emitter, x: Value, weight: Value, bias: Value | None) -> Value | None:
@@ -34,7 +33,7 @@ def integer_product(emit: Emitter, x: Value, weight: Value, bias: Value | None) 
         weight: s8[k, n], dequantized.
         bias: f32[n], a constant.
     """
-    left, right = _integers(x, torch.uint8), _integers(weight, torch.int8)
+    left, right = dequantized_from(x, torch.uint8), dequantized_from(weight, torch.int8)
     if emit.runtime != "ort-cpu" or left is None or right is None or not _is_float_constant(bias):
         return None
     return _product(emit, left, right, bias)
@@ -61,7 +60,7 @@ def integer_convolution(
         dilations: The same.
         pads: Zeros in front of each spatial axis, then behind each, as ONNX has them.
     """
-    left, right = _integers(x, torch.uint8), _integers(weight, torch.int8)
+    left, right = dequantized_from(x, torch.uint8), dequantized_from(weight, torch.int8)
     if emit.runtime != "ort-cpu" or left is None or right is None or not _is_float_constant(bias):
         return None
     offset, held = tensor_of(left[2]), tensor_of(right[0])
@@ -79,17 +78,6 @@ def integer_convolution(
     for node in emit.scope.nodes[start:]:
         node.metadata_props[WRITTEN_FOR] = "conv"
     return emit.transpose(product, [0, rank(x) - 1, *range(1, rank(x) - 1)])
-
-
-def _integers(value: Value, dtype: torch.dtype) -> Parameters | None:
-    """Return integers of this type, their scale and zero point, if a value is dequantized from such."""
-    producer = value.producer()
-    if producer is None or producer.op_type != "DequantizeLinear" or len(producer.inputs) != 3:
-        return None
-    integers, scale, zero_point = producer.inputs
-    if integers is None or scale is None or zero_point is None or dtype_of(integers) != dtype:
-        return None
-    return integers, scale, zero_point
 
 
 def _is_float_constant(bias: Value | None) -> bool:

@@ -12,6 +12,7 @@ from fxopt.export.registry import translates
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
+Parameters = tuple[Value, Value, Value]
 
 _LIMITS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default,
                      aten.clamp_min.default})  # fmt: skip
@@ -32,17 +33,28 @@ def _is_quantized(node: torch.fx.Node, behind_limits: bool) -> bool:
     )
 
 
+def dequantized_from(value: Value, dtype: torch.dtype) -> Parameters | None:
+    """Return integers of this type, their scale and zero point, if a value is dequantized from such."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "DequantizeLinear" or len(producer.inputs) != 3:
+        return None
+    integers, scale, zero_point = producer.inputs
+    if integers is None or scale is None or zero_point is None or dtype_of(integers) != dtype:
+        return None
+    return integers, scale, zero_point
+
+
 def saturated_sum(emit: Emitter, x: Value, factor: float, summand: float, highest: float) -> Value | None:
     """Return ``factor * x + summand`` where the quantizers that read it cut it off at 0 and at most at ``highest``.
 
     Of integers, ORT makes one kernel of that. None if ``x`` is not dequantized, or something else reads the result.
     """
-    producer = x.producer()
-    if emit.runtime != "ort-cpu" or emit.node is None or producer is None or producer.op_type != "DequantizeLinear":
+    found = dequantized_from(x, torch.uint8)
+    if emit.runtime != "ort-cpu" or emit.node is None or found is None:
         return None
-    integers, scale, zero_point = producer.inputs
-    held = None if scale is None else tensor_of(scale)
-    if integers is None or zero_point is None or held is None or held.ndim or dtype_of(integers) != torch.uint8:
+    integers, scale, zero_point = found
+    held = tensor_of(scale)
+    if held is None or held.ndim:
         return None
     if not all(_cuts_off(user, highest) for user in emit.node.users):
         return None
