@@ -10,7 +10,7 @@ from fxopt.export.dtypes import HALF_TYPES
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
-from fxopt.export.translations.reduce import LONG_SUM
+from fxopt.export.translations.reduce import LONG_SUM, axis_by_axis
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 
 aten = torch.ops.aten
@@ -47,16 +47,9 @@ def _batch_statistics_norm(emit: Emitter, x: Value, weight: Value | None, bias: 
 
 def _standardized(emit: Emitter, x: Value, axes: list[int], eps: float) -> Value:
     """Return ``x`` with mean 0 and variance 1 over ``axes``."""
-    centred = emit("Sub", x, _mean(emit, x, axes))
-    spread = _mean(emit, emit("Mul", centred, centred), axes)
+    centred = emit("Sub", x, axis_by_axis(emit, "ReduceMean", x, axes, True))
+    spread = axis_by_axis(emit, "ReduceMean", emit("Mul", centred, centred), axes, True)
     return emit("Div", centred, emit("Sqrt", emit("Add", spread, eps)), dims=dims(x))
-
-
-def _mean(emit: Emitter, x: Value, axes: list[int]) -> Value:
-    """Return the mean over ``axes``, one after the other: ORT adds up all numbers of one reduction in a row."""
-    for axis in sorted(axes, reverse=True):
-        x = emit("ReduceMean", x, [axis], keepdims=1)
-    return x
 
 
 def _is_long(emit: Emitter, x: Value, count: Size) -> bool:

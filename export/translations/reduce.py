@@ -31,10 +31,15 @@ def reduced(emit: Emitter, op_type: str, x: Value, dim: Axes = None, keepdim: bo
         return _reduced_scalar(emit, op_type, x)
     count = count_of(emit, x, dim)
     if op_type in _SUMS and isinstance(count, int) and count > LONG_SUM:
-        for axis in reversed(axes):
-            x = _over(emit, op_type, x, [axis], keepdim)
-        return x
+        return axis_by_axis(emit, op_type, x, axes, keepdim)
     return _over(emit, op_type, x, None if len(axes) == rank(x) else axes, keepdim)
+
+
+def axis_by_axis(emit: Emitter, op_type: str, x: Value, axes: Sequence[int], keepdim: bool) -> Value:
+    """Return ``x`` reduced over one axis after the other, counted from the front: ORT adds up a reduction in a row."""
+    for axis in sorted(axes, reverse=True):
+        x = _over(emit, op_type, x, [axis], keepdim)
+    return x
 
 
 def _over(emit: Emitter, op_type: str, x: Value, axes: list[int] | None, keepdim: bool) -> Value:
