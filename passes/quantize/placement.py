@@ -221,11 +221,19 @@ def integer_sites(graph: torch.fx.Graph, target: Target, notes: dict[str, str], 
                 notes[prefix + node.name] = "an operand is not a tensor of 32-bit floats"
             continue
         weight = _weight(node, kernel)
-        problem = _problem(node, kernel, operands, weight)
+        problem = _problem(node, kernel, operands, weight) or _too_few(node, weight, target)
         if problem is None:
             yield Site(node, kernel, operands, weight, result_of(node, target))
         elif kernel.heavy:
             notes[prefix + node.name] = problem
+
+
+def _too_few(node: torch.fx.Node, weight: torch.fx.Node | None, target: Target) -> str | None:
+    """Return why floats are as fast at a product with a constant matrix, or None if they are not."""
+    if weight is None or len(shape(weight)) != 2:
+        return None
+    terms = shape(weight)[1 - target.kernels[node.target].weight_axis]
+    return f"each number is the sum of {terms} products alone" if terms < target.fewest_terms else None
 
 
 def _weight(node: torch.fx.Node, kernel: Kernel) -> torch.fx.Node | None:

@@ -1,7 +1,7 @@
 """Compute a few channels that dwarf all others in floats, beside the integer product of the rest.
 
     before:  y = linear(x, w, b)
-    after:   y = linear(x, w0, b) + x[..., 7:8] * w[:, 7]       w0: w, 0 in channel 7
+    after:   y = linear(x, w0, b) + linear(x[..., [7, 9]], w[:, [7, 9]])       w0: w, 0 in channels 7 and 9
 
 In transformers one or two channels of an activation are often ten times as large as the others, at a few tokens, and
 there they decide what the layers behind compute. One scale for all of the activation gives the others no bits, and
@@ -123,35 +123,52 @@ def _split(rw: Rewriter, site: Site, channels: list[int], why: str) -> None:
     held = rw.tensor(weight).detach()
     rest = held.clone()
     rest[:, channels] = 0
-    products = []
-    for channel in channels:
-        column = rw.constant(f"{weight.target}_channel_{channel}", held[:, channel].contiguous(), near=node)
-        taken = _channel(rw, site, channel, why)
-        products.append(rw.insert_call(aten.mul.Tensor, (taken, column), before=node, why=why))
+    taken, columns = _taken(rw, site, channels, why), held[:, channels]
+    if len(channels) == 1:
+        column = rw.constant(f"{weight.target}_channel_{channels[0]}", columns[:, 0].contiguous(), near=node)
+        product = rw.insert_call(aten.mul.Tensor, (taken, column), before=node, why=why)
+    else:  # too few products for integers to gain anything: no target quantizes it
+        several = rw.constant(f"{weight.target}_channels", columns.contiguous(), near=node)
+        product = rw.insert_call(aten.linear.default, (taken, several), before=node, why=why)
     rw.set_tensor(weight, rest, why=why)
     total = rw.insert_call(aten.linear.default, (x, weight, arg(node, "bias")), before=node, why=why, sources=[node])
-    for product in products[:-1]:
-        total = rw.insert_call(aten.add.Tensor, (total, product), before=node, why=why)
-    rw.replace_call(node, aten.add.Tensor, (total, products[-1]), why=why)
+    rw.replace_call(node, aten.add.Tensor, (total, product), why=why)
 
 
-def _channel(rw: Rewriter, site: Site, channel: int, why: str) -> torch.fx.Node:
-    """Return one channel of the activation as f32[..., 1], computed in floats from where floats are.
+def _taken(rw: Rewriter, site: Site, channels: list[int], why: str) -> torch.fx.Node:
+    """Return some channels of the activation, f32[..., channels], computed in floats from where floats are.
 
-    A hidden unit between two linear layers is computed anew from the input of the first: what its integer product
-    yields carries that product's noise, which the second layer would multiply like the channel itself.
+    Hidden units between two linear layers are computed anew from the input of the first: what its integer product
+    yields carries that product's noise, which the second layer would multiply like the channels themselves.
     """
     node, x = site.node, site.operands[0]
     hidden = x.args[0] if x.target in _POINTWISE else None
-    if not isinstance(hidden, torch.fx.Node) or hidden.target is not aten.linear.default or len(hidden.users) > 1:
-        return rw.insert_call(aten.slice.Tensor, (x, -1, channel, channel + 1), before=node, why=why, sources=[x])
+    if isinstance(hidden, torch.fx.Node) and _is_own_layer(hidden):
+        units = [_unit(rw, hidden, channel, node, why) for channel in channels]
+        together = units[0] if len(units) == 1 else rw.insert_call(aten.cat.default, (units, -1), before=node, why=why)
+        return rw.insert_call(x.target, (together, *x.args[1:]), x.kwargs, before=node, why=why, sources=[x])
+    if len(channels) == 1:
+        span = channels[0], channels[0] + 1
+        return rw.insert_call(aten.slice.Tensor, (x, -1, *span), before=node, why=why, sources=[x])
+    places = rw.constant(f"{x.name}_channels", torch.tensor(channels), near=node)
+    return rw.insert_call(aten.index_select.default, (x, -1, places), before=node, why=why, sources=[x])
+
+
+def _is_own_layer(hidden: torch.fx.Node) -> bool:
+    """Return whether a value is the result of a linear layer of constants, which nothing else reads."""
+    if hidden.target is not aten.linear.default or len(hidden.users) > 1:
+        return False
+    constants = (arg(hidden, "weight"), arg(hidden, "bias"))
+    return all(held is None or held.op == "get_attr" for held in constants)
+
+
+def _unit(rw: Rewriter, hidden: torch.fx.Node, channel: int, node: torch.fx.Node, why: str) -> torch.fx.Node:
+    """Return one channel of a linear layer's result, f32[..., 1], as a sum of floats in front of ``node``."""
     z, weight, bias = (arg(hidden, name) for name in ("input", "weight", "bias"))
-    if any(held is not None and held.op != "get_attr" for held in (weight, bias)):
-        return rw.insert_call(aten.slice.Tensor, (x, -1, channel, channel + 1), before=node, why=why, sources=[x])
     row = rw.constant(f"{weight.target}_row_{channel}", rw.tensor(weight).detach()[channel].clone(), near=node)
     unit = rw.insert_call(aten.mul.Tensor, (z, row), before=node, why=why, sources=[hidden])
     unit = rw.insert_call(aten.sum.dim_IntList, (unit, [-1], True), before=node, why=why, sources=[hidden])
-    if bias is not None:
-        shift = rw.constant(f"{bias.target}_{channel}", rw.tensor(bias).detach()[channel].clone(), near=node)
-        unit = rw.insert_call(aten.add.Tensor, (unit, shift), before=node, why=why, sources=[hidden])
-    return rw.insert_call(x.target, (unit, *x.args[1:]), x.kwargs, before=node, why=why, sources=[x])
+    if bias is None:
+        return unit
+    shift = rw.constant(f"{bias.target}_{channel}", rw.tensor(bias).detach()[channel].clone(), near=node)
+    return rw.insert_call(aten.add.Tensor, (unit, shift), before=node, why=why, sources=[hidden])

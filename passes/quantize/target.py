@@ -72,6 +72,8 @@ class Target:
         fewest_macs: The same of any layer: its multiply-accumulates in all.
         fewest_channels: Of how many input channels a convolution of integers whose result stays a float is faster than
             one of floats.
+        fewest_terms: How many products each number of a matrix product must add up: one or two are read faster in
+            floats than they are converted.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Target:
     fewest_products: int = 0
     fewest_macs: int = 0
     fewest_channels: int = 0
+    fewest_terms: int = 3
 
 
 _CONV = Kernel(("input", "weight"), weight="weight", bias="bias", heavy=True)

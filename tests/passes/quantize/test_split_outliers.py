@@ -61,6 +61,33 @@ def test_the_hidden_unit_is_computed_from_the_floats_in_front():
     assert len([node for node in plain.graph.nodes if node.target is torch.ops.aten.gelu.default]) == 1
 
 
+class TwoMassive(nn.Module):
+    """A layer of whose input two channels are 80 and 60 times as large as the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = nn.LayerNorm(64), nn.Linear(64, 128)
+        with torch.no_grad():
+            self.norm.weight[3], self.norm.weight[9] = 80.0, 60.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up(self.norm(x))
+
+
+def test_two_channels_are_one_product_of_floats():
+    gm = prepared(TwoMassive())
+    result = check_pass(SplitOutliers(), gm)
+    result.gm.recompile()
+    assert bool((result.gm.get_parameter("up.weight")[:, [3, 9]] == 0).all())
+    products = [node for node in result.gm.graph.nodes if node.target is torch.ops.aten.linear.default]
+    assert [node.args[1].meta["val"].shape[1] for node in products] == [2, 64]
+    plan = Quantize(recipe="fast").make_plan(result.gm)
+    assert plan.notes[products[0].name] == "each number is the sum of 2 products alone"
+    small = fxopt.optimize(result.gm, [Quantize(recipe="fast")], strict=True)
+    plain = fxopt.optimize(gm, [Quantize(recipe="fast")], strict=True)
+    assert measure(gm(X), small(X)).sqnr_db > 10 + measure(gm(X), plain(X)).sqnr_db
+
+
 def test_even_channels_are_left_alone():
     gm = prepared(nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)))
     assert not SplitOutliers()(gm).modified
