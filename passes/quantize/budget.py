@@ -31,11 +31,11 @@ from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.layout import Layout
 from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
 from fxopt.passes.quantize.placement import Site, integer_sites, path_of, place
-from fxopt.passes.quantize.recipe import Candidate
-from fxopt.passes.quantize.resolve import resolve, resolve_weights
+from fxopt.passes.quantize.resolve import WeightScales, resolve, resolve_weights
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
 from fxopt.passes.quantize.target import Target
+from fxopt.passes.quantize.trials import Candidate
 from fxopt.rewriter import Rewriter
 
 __all__ = ["DEFAULT_WIDTHS", "Budget", "WidthSearch"]
@@ -130,6 +130,7 @@ class WidthSearch:
         """
         self.start, self.gm, self.target, self.budget = start, start.gm, target, budget
         self.skip, self.method, self.no_saturation = tuple(skip), method, no_saturation
+        self._scales = WeightScales(no_saturation=no_saturation)
         self.ledger: list[str] = []
         self.layers = list(_layers(self.gm, start.plan, target))
         samples = first_rows(calibration_samples(self.gm, calibration_of(self.gm)), _ROWS)
@@ -183,7 +184,7 @@ class WidthSearch:
                 kept = dataclasses.replace(kept, bits=bits, scale=(), zero_point=())
             specs[name] = kept
         plan = QuantPlan(specs, base.notes)
-        return resolve_weights(self.gm, plan, self.target, no_saturation=self.no_saturation)
+        return resolve_weights(self.gm, plan, self.target, self._scales)
 
     def candidate(self, plan: QuantPlan) -> tuple[Candidate, CapturedModule]:
         """Return a plan with its bias corrections, if the recipe has any, and the integer graph of both."""

@@ -27,9 +27,10 @@ from fxopt.passes.quantize.checkpoint import Checkpoint
 from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.regions import COND, WHILE_LOOP
 
-__all__ = ["calibrate"]
+__all__ = ["Progress", "Watch", "calibrate"]
 
 Progress = Callable[[int, int | None], None]
+Watch = Callable[[int, torch.fx.Node, Any], None]
 
 
 def calibrate(
@@ -43,6 +44,7 @@ def calibrate(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_seconds: float = 30.0,
     group: Any = None,
+    watch: Watch | None = None,
 ) -> dict[str, ValueSketch]:
     """Return a sketch of the values of each named node, over all of ``data``, in evaluation mode.
 
@@ -62,6 +64,7 @@ def calibrate(
             adds ``.r`` to its name.
         checkpoint_seconds: Time between two writes of the file; 0 writes it after each item.
         group: The process group; the default one if there is one.
+        watch: Is called with the number of the item, each node of the graph itself, in a copy of it, and its value.
 
     Returns:
         A sketch by name. That of a node that never ran, on a side of a branch never taken, has ``count`` 0.
@@ -70,15 +73,19 @@ def calibrate(
         CalibrationError: an item does not fit; a value is NaN or infinite, where the message names node and source
             line; the checkpoint is of another graph, or other data; another process failed.
         FileFormatError: the checkpoint is damaged.
-        ValueError: a name is not that of a node that yields a floating-point tensor.
+        ValueError: a name is not that of a node that yields a floating-point tensor; a watch and a checkpoint, which
+            would leave out what it is to see.
         ModeError: the graph is valid for training only.
     """
+    if watch is not None and checkpoint is not None:
+        raise ValueError("watch is to see every item, and a run that goes on from a checkpoint leaves some out")
     ranks = _ranks(group)
     place = None if checkpoint is None else Path(checkpoint if ranks is None else f"{os.fspath(checkpoint)}.{ranks[0]}")
     sketches: dict[str, ValueSketch] = {}
     failure = None
     try:
-        sketches = _calibrated(gm, nodes, data, channels or {}, only or {}, progress, place, checkpoint_seconds)
+        run = _Run(gm.clone(), nodes, channels or {}, only or {}, watch)
+        sketches = _calibrated(run, data, progress, place, checkpoint_seconds)
     except Exception as error:
         if ranks is None:
             raise
@@ -91,23 +98,13 @@ def calibrate(
 
 
 def _calibrated(
-    gm: CapturedModule,
-    nodes: Collection[str],
-    data: Any,
-    channels: Mapping[str, int],
-    only: Mapping[str, torch.Tensor],
-    progress: Progress | None,
-    place: Path | None,
-    checkpoint_seconds: float,
+    run: _Run, data: Any, progress: Progress | None, place: Path | None, checkpoint_seconds: float
 ) -> dict[str, ValueSketch]:
     """Return the sketches of this process's items."""
-    graph = gm.clone()
-    graph.eval()
-    run = _Run(graph, nodes, channels, only)
     total = calibration_length(data)
-    saved = None if place is None else Checkpoint(place, graph, run.sketches)
+    saved = None if place is None else Checkpoint(place, run.gm, run.sketches)
     done, written = 0, time.monotonic()
-    for number, sample in enumerate(calibration_samples(graph, data)):
+    for number, sample in enumerate(calibration_samples(run.gm, data)):
         if saved is None or not saved.covers(number, sample):
             run(sample, number)
         done = number + 1
@@ -130,8 +127,10 @@ class _Run:
         nodes: Collection[str],
         channels: Mapping[str, int],
         only: Mapping[str, torch.Tensor],
+        watch: Watch | None,
     ) -> None:
-        self.gm, self.only = gm, only
+        gm.eval()
+        self.gm, self.only, self.watch = gm, only, watch
         self.paths = {module: path for path, module in gm.named_modules()}
         known = {_site(self.paths[module], node): node for module in graph_modules(gm) for node in module.graph.nodes}
         for name in nodes:
@@ -183,6 +182,7 @@ class _Observer(torch.fx.Interpreter):
         super().__init__(module, garbage_collect_values=True)
         self.extra_traceback = False  # it would write into the text of our errors
         self._run = run
+        self._watch = run.watch if module is run.gm else None
         sites = {node: _site(run.paths[module], node) for node in module.graph.nodes}
         self._sites = {node: site for node, site in sites.items() if site in run.sketches}
 
@@ -192,6 +192,8 @@ class _Observer(torch.fx.Interpreter):
         site = self._sites.get(n)
         if site is not None:
             self._run.observe(n, site, value)
+        if self._watch is not None:
+            self._watch(self._run.item, n, value)
         return value
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ from fxopt.passes.quantize.conv_bn import (
 )
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.placement import all_sites, integer_sites, move_source, node_names, path_of, place
-from fxopt.passes.quantize.resolve import resolve_weights
+from fxopt.passes.quantize.resolve import WeightScales, resolve_weights
 from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.sink_constants import SinkConstants
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
@@ -87,7 +87,7 @@ class ConvertQat(LossyPass):
         found = _Quantizers(rw)
         folded = as_integer_layers(rw)
         plan = found.plan(rw, folded, TARGETS[self.target])
-        plan = resolve_weights(rw.gm, plan, TARGETS[self.target], no_saturation=False)
+        plan = resolve_weights(rw.gm, plan, TARGETS[self.target], WeightScales(no_saturation=False))
         rw.notes += _overflow_notes(rw, plan, TARGETS[self.target])
         InsertQdq(plan, self.target, self.min_sqnr_db).run(rw)
 

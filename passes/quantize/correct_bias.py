@@ -29,7 +29,7 @@ from fxopt.passes.quantize.simulate import Simulation, along_channels, channel_a
 from fxopt.passes.quantize.target import TARGETS, Target
 from fxopt.rewriter import Rewriter
 
-__all__ = ["CorrectBias", "channel_means", "corrections", "shift_biases"]
+__all__ = ["ChannelMeans", "CorrectBias", "channel_means", "corrections", "shift_biases"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +61,37 @@ class CorrectBias(PlannedPass):
         shift_biases(rw, simulation, shifts)
 
 
+class ChannelMeans:
+    """The mean of each channel of each layer of a graph, gathered value by value."""
+
+    def __init__(self, gm: CapturedModule, target: Target) -> None:
+        self._layers = {site.node.name: site for site in integer_sites(gm.graph, target, {}) if site.is_layer}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, node: torch.fx.Node, value: Any) -> None:
+        """Take in what a node of the graph, or of a copy, yields for one input."""
+        if node.name in self._layers:
+            total, count = _channel_sums(self._layers[node.name], value)
+            self._sums[node.name] = self._sums.get(node.name, 0) + total
+            self._counts[node.name] = self._counts.get(node.name, 0) + count
+
+    def found(self) -> dict[str, torch.Tensor]:
+        """Return the means of what was taken in, f64[channels] by node name."""
+        return {name: total / max(self._counts[name], 1) for name, total in self._sums.items()}
+
+
 def channel_means(gm: CapturedModule, target: Target, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     """Return the mean of each channel of each layer in the float graph, f64[channels] by node name."""
-    layers = {site.node: site for site in integer_sites(gm.graph, target, {}) if site.is_layer}
-    means: dict[str, torch.Tensor] = {}
+    means = ChannelMeans(gm, target)
 
     def note(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        if node in layers:
-            means[node.name] = _channel_mean(layers[node], values)
+        for value in values:
+            means.add(node, value)
         return values
 
     run_by_node(gm, samples, note)
-    return means
+    return means.found()
 
 
 def corrections(
@@ -102,9 +121,14 @@ def shift_biases(rw: Rewriter, simulation: Simulation, shifts: Mapping[str, torc
 
 def _channel_mean(site: Site, values: list[torch.Tensor]) -> torch.Tensor:
     """Return the mean of each channel over everything else and all batches, f64[channels]."""
-    flat = [value.movedim(channel_axis(site), 0).flatten(1) for value in values]
-    total = torch.stack([one.sum(1, dtype=torch.float64) for one in flat]).sum(0)
-    return total / max(sum(one.shape[1] for one in flat), 1)
+    found = [_channel_sums(site, value) for value in values]
+    return torch.stack([total for total, _ in found]).sum(0) / max(sum(count for _, count in found), 1)
+
+
+def _channel_sums(site: Site, value: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the sum of each channel, f64[channels], and of how many numbers it is."""
+    flat = value.movedim(channel_axis(site), 0).flatten(1)
+    return flat.sum(1, dtype=torch.float64), flat.shape[1]
 
 
 def _shift_bias(rw: Rewriter, site: Site, shift: torch.Tensor) -> None:

@@ -25,10 +25,11 @@ from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
 from fxopt.passes.quantize.placement import place
 from fxopt.passes.quantize.preparation import PREPARATION, preparation_for
 from fxopt.passes.quantize.ranges import RangeMethod
-from fxopt.passes.quantize.recipe import METHODS_TRIED, Candidate, Recipe, Search
+from fxopt.passes.quantize.recipe import METHODS_TRIED, Recipe, Search
 from fxopt.passes.quantize.simulate import Simulation
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
 from fxopt.passes.quantize.target import TARGETS
+from fxopt.passes.quantize.trials import Candidate
 from fxopt.rewriter import Rewriter
 
 __all__ = ["PREPARATION", "Quantize"]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from fxopt.args import source_line
+from fxopt.attributes import get_path, owner_of
 from fxopt.calibration_data import calibration_of
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.passes.quantize.calibrate import Progress, calibrate
+from fxopt.passes.quantize.calibrate import Progress, Watch, calibrate
 from fxopt.passes.quantize.layout import bias_of, input_of
 from fxopt.passes.quantize.placement import Site, all_sites, integer_sites
 from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams
@@ -21,7 +23,9 @@ from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weights import channel_scales, constant_of, scales_for_bias
 
-__all__ = ["resolve", "resolve_activations", "resolve_weights", "used_channels"]
+__all__ = [
+    "WeightScales", "observed", "resolve", "resolve_activations", "resolve_weights", "resolve_with", "used_channels",
+]  # fmt: skip
 
 
 def resolve(
@@ -48,16 +52,84 @@ def resolve(
     Raises:
         CalibrationError: the data are empty, do not fit, or hold NaN.
     """
-    sketches: dict[str, ValueSketch] = {}
-    open_nodes = [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
-    if open_nodes:
-        only = used_channels(gm, plan, target)
-        sketches = calibrate(gm, open_nodes, calibration_of(gm), only=only, progress=progress, checkpoint=checkpoint)
-    plan = resolve_weights(gm, plan, target, no_saturation=no_saturation)  # the work, all but the room for biases
-    return [
-        resolve_weights(gm, resolve_activations(plan, sketches, method), target, no_saturation=no_saturation)
-        for method in methods
-    ]
+    data = calibration_of(gm)
+    sketches: Mapping[str, ValueSketch] = {}
+    if _open_activations(plan):
+        sketches = observed(gm, plan, target, data, progress=progress, checkpoint=checkpoint)
+    return resolve_with(gm, plan, target, sketches, methods, WeightScales(no_saturation=no_saturation))
+
+
+def observed(
+    gm: CapturedModule,
+    plan: QuantPlan,
+    target: Target,
+    data: Any,
+    *,
+    progress: Progress | None = None,
+    checkpoint: str | None = None,
+    watch: Watch | None = None,
+) -> dict[str, ValueSketch]:
+    """Return sketches of the activations of a plan that have no scale, by name; see :func:`calibrate`."""
+    only = used_channels(gm, plan, target)
+    names = _open_activations(plan)
+    return calibrate(gm, names, data, only=only, progress=progress, checkpoint=checkpoint, watch=watch)
+
+
+def resolve_with(
+    gm: CapturedModule,
+    plan: QuantPlan,
+    target: Target,
+    sketches: Mapping[str, ValueSketch],
+    methods: Sequence[RangeMethod | str],
+    scales: WeightScales,
+) -> list[QuantPlan]:
+    """Return the plan with all scales, once for each range method; those that it has already stay.
+
+    Args:
+        gm: The prepared graph that the plan is for.
+        plan: What to quantize.
+        target: The runtime.
+        sketches: What was seen of the activations that are open.
+        methods: How to choose a range from that.
+        scales: Of the weights.
+    """
+    plans = (resolve_activations(plan, sketches, method) for method in methods)
+    return [resolve_weights(gm, found, target, scales) for found in plans]
+
+
+def _open_activations(plan: QuantPlan) -> list[str]:
+    return [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
+
+
+class WeightScales:
+    """Scales of weights by channel, each computed once however often it is asked for.
+
+    Args:
+        no_saturation: Choose scales with which 16-bit sums of two products cannot overflow.
+    """
+
+    def __init__(self, *, no_saturation: bool) -> None:
+        self.no_saturation = no_saturation
+        self._known: dict[tuple[int, int, QuantSpec, int], tuple[torch.Tensor, tuple[float, ...]]] = {}
+
+    def of(self, site: Site, spec: QuantSpec) -> tuple[float, ...]:
+        """Return the scales of the weight of a layer.
+
+        Raises:
+            ValueError: the weight holds NaN or infinity.
+        """
+        assert site.weight is not None  # who asks has found one
+        held = get_path(owner_of(site.weight), str(site.weight.target))
+        key = id(held), held._version, spec, site.groups
+        if key not in self._known:  # which keeps the tensor, for no other to have its id
+            self._known[key] = held, self._computed(constant_of(site.weight), spec, site.groups)
+        return self._known[key][1]
+
+    def _computed(self, weight: torch.Tensor, spec: QuantSpec, groups: int) -> tuple[float, ...]:
+        scale = channel_scales(weight, spec)
+        if self.no_saturation and spec.bits == 8 and spec.axis is not None:
+            return avoid_saturation(weight, scale, spec.axis, groups=groups)
+        return scale
 
 
 def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], method: RangeMethod | str) -> QuantPlan:
@@ -90,7 +162,7 @@ def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], me
     return QuantPlan(specs, {**plan.notes, **unseen})
 
 
-def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, *, no_saturation: bool) -> QuantPlan:
+def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, scales: WeightScales) -> QuantPlan:
     """Return the plan with scales for the weights, large enough for the biases beside them.
 
     Raises:
@@ -99,12 +171,11 @@ def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, *, no_s
     for prefix, site in all_sites(gm, target):
         name = None if site.weight is None else prefix + site.weight.name
         if name is not None and name in plan:
-            plan = _with_weight(plan, site, name, prefix, no_saturation)
+            plan = _with_weight(plan, site, name, prefix, scales)
     return plan
 
 
-def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, no_saturation: bool) -> QuantPlan:
-    assert site.weight is not None
+def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, scales: WeightScales) -> QuantPlan:
     spec = plan[name]
     if not spec.symmetric:
         raise PassError(
@@ -114,16 +185,12 @@ def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, no_saturat
                 wanted="symmetric=True: integer kernels take a weight's zero point to be 0",
             )
         )
-    weight = constant_of(site.weight)
     if not spec.resolved:
         try:
-            scale = channel_scales(weight, spec)
+            scale = scales.of(site, spec)
         except ValueError as error:
             raise PassError(describe(f"{name}: {error}", source=source_line(site.node))) from error
         spec = dataclasses.replace(spec, scale=scale, zero_point=(0,) * len(scale))
-        if no_saturation and spec.bits == 8 and spec.axis is not None:
-            raised = avoid_saturation(weight, spec.scale, spec.axis, groups=site.groups)
-            spec = dataclasses.replace(spec, scale=raised)
     held = bias_of(site)
     inputs = None if held is None else plan.get(prefix + input_of(site).name)
     if held is not None and inputs is not None and inputs.resolved and spec.axis is not None:

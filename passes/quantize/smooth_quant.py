@@ -57,6 +57,7 @@ _LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul
 _GAIN = 0.95  # what is left of the error of a group, at most, for a search to change it
 _SAME = 1e-3  # factors this close to one another change nothing
 _EACH, _MOST = 64, 2048  # rows of a value that a search measures on
+_COARSE, _FINALISTS = 128, 3  # rows, and outputs of a layer, that it measures all factors on; how many it does on all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,10 @@ class SmoothQuant(Pass):
         if rows is None:
             return smoothing_factors(largest, weights, 0.5 if self.alpha is None else self.alpha)
         trials = [smoothing_factors(largest, weights, alpha) for alpha in ALPHAS] + list(capped_factors(largest))
+        if len(rows) > _COARSE:
+            few, *some = (_spread(numbers, _COARSE) for numbers in (rows, *weights))
+            coarse = product_errors(few, some, trials, self.method)
+            trials = [trials[place] for place in sorted(range(len(trials)), key=coarse.__getitem__)[:_FINALISTS]]
         before, *errors = product_errors(rows, weights, [torch.ones_like(largest), *trials], self.method)
         best = min(range(len(trials)), key=errors.__getitem__)
         return trials[best] if errors[best] < _GAIN * before else None
@@ -186,6 +191,11 @@ def product_errors(
             total += float((noise.square().sum(1) / power).mean())
         found.append(total)
     return found
+
+
+def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
+    """Return rows from everywhere in a matrix, at most so many."""
+    return rows[:: -(-len(rows) // most)]
 
 
 def _quantized_rows(rows: torch.Tensor, method: str) -> torch.Tensor:

@@ -17,8 +17,8 @@ from fxopt.passes import Quantize
 from fxopt.passes.quantize.budget import Budget, WidthSearch
 from fxopt.passes.quantize.costs import WidthTable
 from fxopt.passes.quantize.quantize import PREPARATION
-from fxopt.passes.quantize.recipe import Candidate
 from fxopt.passes.quantize.target import GENERIC, ORT_CPU
+from fxopt.passes.quantize.trials import Candidate
 from tests.passes.quantize.nets import Gate
 
 IMAGES = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(5))

@@ -1,0 +1,203 @@
+"""Measure ways to quantize one graph on some of its calibration inputs.
+
+What a way learns, ranges of values aside, it learns of the first half of these inputs, and it is measured on the other
+half, by the signal to quantization noise of the worst output in a simulation of the integer graph. Every try stands in
+a ledger.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxopt.calibration_data import calibration_samples
+from fxopt.dimensions import Sample
+from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.passes.quantize.calibrate import Progress
+from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
+from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
+from fxopt.passes.quantize.resolve import WeightScales, observed, resolve_with
+from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
+from fxopt.passes.quantize.spec import QuantPlan
+from fxopt.passes.quantize.target import Target
+from fxopt.regions import results_of
+
+__all__ = ["Candidate", "Trial", "Trials"]
+
+_ROWS = 32  # of calibration inputs to learn from, and again to measure on
+_NUMBERS = 2**22  # in all of these, with which half of the rows do: large images have many of each kind
+_ASKING = ("view", "as_strided", "view_as", "view_as_real", "view_as_complex")  # refuse a layout that does not fit
+_GAIN = 0.1  # dB by which a way must be better to be worth its while
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One way to quantize.
+
+    Attributes:
+        gm: The float graph, maybe transformed.
+        plan: The plan for it, with scales.
+        shifts: What to add to the bias of each layer, f32[channels] by node name.
+        sqnr_db: Signal to noise of the worst output; NaN if it was not measured.
+    """
+
+    gm: CapturedModule
+    plan: QuantPlan
+    shifts: Mapping[str, torch.Tensor]
+    sqnr_db: float = float("nan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial(Candidate):
+    """One way to quantize that was measured.
+
+    Attributes:
+        asked: The plan without scales.
+        method: How ranges of activations were chosen.
+        means: The mean of each channel of each layer in the float graph, f64[channels] by node name.
+    """
+
+    asked: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}))
+    method: str = ""
+    means: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Trials:
+    """The inputs to try ways on, and the outputs of the float graph for them.
+
+    Args:
+        gm: The float graph.
+        data: Its calibration inputs; see :func:`fxopt.calibration_data.calibration_samples`.
+        target: The runtime.
+        no_saturation: See :func:`fxopt.passes.quantize.resolve.resolve`.
+        merge: Whether inputs may be run together, which takes less time.
+
+    Attributes:
+        items: The inputs.
+        counted: How many of the items of ``data`` they are.
+        more: Whether there are others.
+        ledger: What was tried, with what came of it.
+    """
+
+    def __init__(
+        self, gm: CapturedModule, data: Any, target: Target, *, no_saturation: bool, merge: bool = True
+    ) -> None:
+        self.target, self.no_saturation = target, no_saturation
+        self.ledger: list[str] = []
+        self.scales = WeightScales(no_saturation=no_saturation)
+        samples = calibration_samples(gm, data)
+        held = list(first_rows(samples, 2 * _ROWS, _NUMBERS))
+        self.counted, self.more = len(held), next(samples, None) is not None
+        middle = (len(held) + 1) // 2
+        learned, measured = (merged_rows(gm, part) if merge else part for part in (held[:middle], held[middle:]))
+        self.items = [*learned, *measured]
+        if _takes_any_layout(gm):
+            self.items = [_channels_last(item) for item in self.items]
+        self._learned = range(len(learned))
+        self._measured = range(len(learned), len(self.items)) or self._learned  # the same if there is only one
+        self._want: list[list[torch.Tensor]] = []
+
+    def tried(
+        self,
+        gm: CapturedModule,
+        plan: QuantPlan,
+        methods: Sequence[str],
+        label: str = "",
+        progress: Progress | None = None,
+    ) -> Trial:
+        """Calibrate a plan, and return the better of the range methods. The first graph must be the float graph."""
+        means, outputs = ChannelMeans(gm, self.target), _Outputs(gm)
+
+        def watch(item: int, node: torch.fx.Node, value: Any) -> None:
+            if item in self._learned:
+                means.add(node, value)
+            if item in self._measured and not self._want:
+                outputs.add(item, node, value)
+
+        sketches = observed(gm, plan, self.target, self.items, progress=progress, watch=watch)
+        self._want = self._want or [outputs.of(item) for item in self._measured]
+        plans = resolve_with(gm, plan, self.target, sketches, methods, self.scales)
+        trials = [
+            self.corrected(Trial(gm, found, {}, asked=plan, method=method, means=means.found()), f"{label}{method}")
+            for method, found in zip(methods, plans, strict=True)
+        ]
+        return max(trials, key=lambda trial: trial.sqnr_db)
+
+    def corrected(self, trial: Trial, label: str) -> Trial:
+        """Measure a way without and with bias correction, and return the better of both."""
+        simulation = Simulation(trial.gm, trial.plan, self.target)
+        learned, measured = ([self.items[item] for item in part] for part in (self._learned, self._measured))
+        plain = signal_to_noise(self._want, simulation.run(measured))
+        shifts = corrections(simulation, learned, trial.means)
+        corrected = signal_to_noise(self._want, simulation.run_shifted(measured, shifts))
+        self.ledger.append(f"{label}: {plain:.1f} dB, with correct-bias {corrected:.1f} dB")
+        if corrected > plain + _GAIN:
+            return dataclasses.replace(trial, shifts=shifts, sqnr_db=corrected)
+        return dataclasses.replace(trial, shifts={}, sqnr_db=plain)
+
+    def better(self, best: Trial, other: Trial, name: str, gain: float = _GAIN) -> Trial:
+        """Return the better way; the second only if it is so by ``gain``, in dB."""
+        kept = other.sqnr_db > best.sqnr_db + gain
+        self.ledger.append(f"{name}: {best.sqnr_db:.1f} to {other.sqnr_db:.1f} dB, {'kept' if kept else 'not kept'}")
+        return other if kept else best
+
+    def with_all(
+        self, best: Trial, data: Any, progress: Progress | None = None, checkpoint: str | None = None
+    ) -> Trial:
+        """Return the way with scales of all calibration inputs, where these are more than it was tried on."""
+        if not self.more:
+            return best
+        weights = {name: spec for name, spec in best.plan.items() if spec.role == "weight"}
+        plan = best.asked.with_specs(weights)  # a rounding that was learned holds for its scale alone
+        sketches = observed(best.gm, plan, self.target, data, progress=progress, checkpoint=checkpoint)
+        (found,) = resolve_with(best.gm, plan, self.target, sketches, (best.method,), self.scales)
+        return self.corrected(dataclasses.replace(best, plan=found), f"{best.method} of all calibration inputs")
+
+
+def _takes_any_layout(gm: CapturedModule) -> bool:
+    """Return whether no call of a graph, or of one inside it, asks how what it reads lies in memory."""
+    calls = (node for module in graph_modules(gm) for node in module.graph.nodes if node.op == "call_function")
+    return not any(map(_asks_for_layout, calls))
+
+
+def _asks_for_layout(node: torch.fx.Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    namespace, _, name = node.target._schema.name.partition("::")
+    source = node.args[0] if node.args else None
+    if name == "view" and isinstance(source, torch.fx.Node) and source.target is torch.ops.aten.contiguous.default:
+        return False
+    return namespace != "aten" or name in _ASKING
+
+
+def _channels_last(sample: Sample) -> Sample:
+    """Return a sample whose images lie with the channels last: convolutions of torch are up to twice as fast then."""
+    return sample.with_leaves(
+        [
+            leaf.contiguous(memory_format=torch.channels_last)
+            if isinstance(leaf, torch.Tensor) and leaf.ndim == 4
+            else leaf
+            for leaf in sample.leaves()
+        ]
+    )
+
+
+class _Outputs:
+    """The float outputs of a graph, gathered value by value."""
+
+    def __init__(self, gm: CapturedModule) -> None:
+        self._leaves = [leaf.name for leaf in results_of(gm) if isinstance(leaf, torch.fx.Node)]
+        self._names = frozenset(self._leaves)
+        self._values: dict[tuple[int, str], Any] = {}
+
+    def add(self, item: int, node: torch.fx.Node, value: Any) -> None:
+        if node.name in self._names:
+            self._values[item, node.name] = value
+
+    def of(self, item: int) -> list[torch.Tensor]:
+        """Return those of one item."""
+        found = (self._values[item, name] for name in self._leaves)
+        return [value for value in found if isinstance(value, torch.Tensor) and value.is_floating_point()]
