@@ -16,6 +16,7 @@ Source: ONNX operator specification, QuantizeLinear-13 and DequantizeLinear-13.
 from __future__ import annotations
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["DEQUANTIZE", "FAKE_QUANTIZE", "QUANTIZE", "along", "quantizer_in", "rounded"]
 
@@ -71,11 +72,21 @@ def _fake_quantize(
 def _integers_like(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int, qmin: int, qmax: int
 ) -> torch.Tensor:
-    return torch.empty_like(x, dtype=zero_point.dtype)
+    return _empty_like(x, zero_point.dtype)
 
 
 def _floats_like(q: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int) -> torch.Tensor:
-    return torch.empty_like(q, dtype=scale.dtype)
+    return _empty_like(q, scale.dtype)
+
+
+def _empty_like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what ``torch.empty_like`` does, which for sizes that are symbols takes four times as long to find it."""
+    expected: int | torch.SymInt = 1
+    for size, stride in zip(reversed(x.shape), reversed(x.stride()), strict=True):
+        if not statically_known_true(stride == expected):
+            return torch.empty_like(x, dtype=dtype)
+        expected = expected * size
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device)
 
 
 _LIBRARY.impl("quantize", _quantize, "CompositeExplicitAutograd")

@@ -113,7 +113,7 @@ class Search:
             tried = trials.tried(self.gm, make_plan(self.gm, tuple(slow)), later, "floats, ")
             best = trials.better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
             slow = slow if best is tried else {}
-        for item in _transformations(recipe, methods[0]):
+        for item in _transformations(recipe, best.method):
             changed = item(best.gm)
             if not changed.modified:
                 continue
