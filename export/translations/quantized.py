@@ -9,13 +9,12 @@ import torch
 from fxopt.attributes import get_path, owner_of
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import translates
+from fxopt.limits import limits_of
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 
 aten = torch.ops.aten
 Parameters = tuple[Value, Value, Value]
 
-_LIMITS = frozenset({aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.clamp.default,
-                     aten.clamp_min.default})  # fmt: skip
 _WIDE = frozenset({torch.int16, torch.uint16})
 _FIRST_OPSET_WITH_WIDE = 21
 _COVERED = 1e-6  # by how much, relative, the largest integer may stand for more than where a function ends
@@ -28,7 +27,7 @@ def is_quantized(emit: Emitter, *, behind_limits: bool = False) -> bool:
 
 def _is_quantized(node: torch.fx.Node, behind_limits: bool) -> bool:
     return any(
-        user.target is QUANTIZE or (behind_limits and user.target in _LIMITS and _is_quantized(user, True))
+        user.target is QUANTIZE or (behind_limits and limits_of(user) is not None and _is_quantized(user, True))
         for user in node.users
     )
 

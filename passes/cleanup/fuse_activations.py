@@ -27,6 +27,7 @@ from fxopt.args import arg
 from fxopt.attributes import get_path, owner_of
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
+from fxopt.limits import LIMITS, limits_of
 from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.memory import same_layout
 from fxopt.rewriter import Rewriter
@@ -37,12 +38,7 @@ aten = torch.ops.aten
 
 _CLOSE = 1e-6  # relative: constants are written with 7 digits, or rounded to float32
 _DEGREE = 3
-_ENDS = {
-    aten.clamp.default: ("min", "max"),
-    aten.clip.default: ("min", "max"),
-    aten.hardtanh.default: ("min_val", "max_val"),
-}
-_ROOTS = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, *_ENDS)
+_ROOTS = (aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, *LIMITS)
 _ERF = (0.0, 1 / math.sqrt(2))
 _TANH = (0.0, math.sqrt(2 / math.pi), 0.0, 0.044715 * math.sqrt(2 / math.pi))
 
@@ -120,13 +116,9 @@ def _hardsigmoid(node: torch.fx.Node, highest: float) -> torch.fx.Node | None:
 
 
 def _ends(node: torch.fx.Node) -> tuple[float, float] | None:
-    """Return where a node cuts off what it reads; None if it does something else, or has no such end."""
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    if node.target not in _ENDS:
-        return None
-    low, high = (arg(node, name) for name in _ENDS[node.target])
-    return (float(low), float(high)) if isinstance(low, int | float) and isinstance(high, int | float) else None
+    """Return where a node cuts off what it reads; None if it does something else, or at one end alone."""
+    low, high = limits_of(node) or (None, None)
+    return None if low is None or high is None else (low, high)
 
 
 def _is_softplus(node: Any, x: torch.fx.Node) -> bool:

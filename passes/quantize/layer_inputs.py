@@ -281,12 +281,12 @@ def _layer(
         None if bias is None else walk.values(bias)[0].reshape(weight.shape[:2]),
         walk.values(arg(twin, source)),
         targets,
-        _limits(site, target),
+        _limits(site),
     )
 
 
-def _limits(site: Site, target: str) -> tuple[float | None, float | None]:
-    ends = list(site.limits(TARGETS[target]))
+def _limits(site: Site) -> tuple[float | None, float | None]:
+    ends = list(site.limits())
     lows = [low for low, _ in ends if low is not None]
     highs = [high for _, high in ends if high is not None]
     return (max(lows) if lows else None), (min(highs) if highs else None)

@@ -96,7 +96,7 @@ class Layout:
         low, high = spec.range
         return all(
             (lowest is None or low >= lowest) and (highest is None or high <= highest * (1 + _COVERED))
-            for lowest, highest in site.limits(self.target)
+            for lowest, highest in site.limits()
         )
 
 

@@ -18,6 +18,7 @@ import torch
 from fxopt.args import arg, module_path, shape
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.limits import limits_of
 from fxopt.passes.quantize.shared_scales import Bounds, bounds_of, shared_scales
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Kernel, Output, Target
@@ -26,7 +27,9 @@ __all__ = [
     "Site",
     "all_sites",
     "integer_sites",
+    "is_float",
     "kernel_of",
+    "move_source",
     "node_names",
     "operands_of",
     "path_of",
@@ -78,11 +81,11 @@ class Site:
         windows = self.weight is not None and self.groups == 1 and len(shape(self.node)) == len(shape(self.weight))
         return "required" if self.kernel.output == "preferred" and not windows else self.kernel.output
 
-    def limits(self, target: Target) -> Iterator[tuple[float | None, float | None]]:
+    def limits(self) -> Iterator[tuple[float | None, float | None]]:
         """Yield the smallest and largest result of each limit between the call and its result; None for no end."""
         limit = self.result
         while limit is not self.node:
-            yield limits_of(limit, target)
+            yield limits_of(limit) or (None, None)
             limit = limit.args[0]  # type: ignore[assignment]  # a limit reads the node in front of it
 
 
@@ -192,19 +195,11 @@ def _is_saturation(node: torch.fx.Node, source: torch.fx.Node, target: Target) -
     Where the smallest integer stands for 0 and the largest for no more than the upper limit, integers cannot leave the
     limits. With a lower limit below 0 that cannot be had: the zero point is rounded, and the ends with it.
     """
-    if node.target not in target.limits or node.args[0] is not source or target.symmetric_activations:
+    ends = limits_of(node)
+    if ends is None or node.args[0] is not source or target.symmetric_activations:
         return False
-    low, high = limits_of(node, target)
+    low, high = ends
     return low == 0 and (high is None or high > 0)
-
-
-def limits_of(node: torch.fx.Node, target: Target) -> tuple[float | None, float | None]:
-    """Return the smallest and largest result of a limit such as ``clamp``; None where there is none."""
-    found: list[float | None] = []
-    for entry in target.limits[node.target]:
-        held = arg(node, entry) if isinstance(entry, str) else entry
-        found.append(float(held) if isinstance(held, int | float) else None)
-    return found[0], found[1]
 
 
 def integer_sites(graph: torch.fx.Graph, target: Target, notes: dict[str, str], prefix: str = "") -> Iterator[Site]:
@@ -345,7 +340,7 @@ class _Placement:
             if node in self.joining and self.sites[node].kernel.same_scale
             for operand in self.sites[node].operands
         ]
-        limits = {site.result: _both(site.limits(self.target)) for site in self.sites.values()}
+        limits = {site.result: _both(site.limits()) for site in self.sites.values()}
         known: dict[torch.fx.Node, Bounds] = {}
 
         def bounds(node: torch.fx.Node) -> Bounds:
@@ -357,8 +352,8 @@ class _Placement:
         return {node: self.prefix + root.name for node, root in shared.items()}
 
     def _limits(self, node: torch.fx.Node) -> Bounds | None:
-        is_limit = node.op == "call_function" and node.target in self.target.limits
-        return _both([limits_of(node, self.target)]) if is_limit else None
+        ends = limits_of(node)
+        return None if ends is None else _both([ends])
 
 
 def _both(limits: Iterable[tuple[float | None, float | None]]) -> Bounds:
@@ -376,6 +371,3 @@ def move_source(node: torch.fx.Node, target: Target) -> torch.fx.Node | None:
         return None
     held = arg(node, target.moves[node.target])
     return held if isinstance(held, torch.fx.Node) and held.op != "get_attr" and is_float(held) else None
-
-
-__all__ += ["is_float", "limits_of", "move_source"]

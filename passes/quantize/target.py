@@ -62,8 +62,6 @@ class Target:
         name: What the user calls it.
         kernels: Operator: its integer kernel.
         moves: Operator that only moves numbers: the argument that they come from.
-        limits: Activations that the saturation of the integers can stand for: operator to the arguments or numbers that
-            are its smallest and largest result.
         signed_activations: Whether activations are signed.
         symmetric_activations: Whether their zero point is 0.
         unused: Why operators that multiply by weights have no integer kernel.
@@ -79,7 +77,6 @@ class Target:
     name: str
     kernels: Mapping[Any, Kernel]
     moves: Mapping[Any, str]
-    limits: Mapping[Any, tuple[str | float | None, str | float | None]]
     signed_activations: bool = False
     symmetric_activations: bool = False
     unused: Mapping[Any, str] = dataclasses.field(default_factory=lambda: dict(_UNUSED))
@@ -130,21 +127,12 @@ _MOVES: dict[Any, str] = {
     **dict.fromkeys((getattr(aten, f"upsample_nearest{rank}d").default for rank in (1, 2, 3)), "self"),
     **dict.fromkeys((getattr(aten, f"_upsample_nearest_exact{rank}d").default for rank in (1, 2, 3)), "self"),
 }
-_LIMITS: dict[Any, tuple[str | float | None, str | float | None]] = {
-    aten.relu.default: (0.0, None),
-    aten.relu6.default: (0.0, 6.0),
-    aten.hardtanh.default: ("min_val", "max_val"),
-    aten.clamp.default: ("min", "max"),
-    aten.clamp_min.default: ("min", None),
-}
-
 _ORT_CONVOLUTIONS = dict.fromkeys(CONVOLUTIONS, dataclasses.replace(_CONV, output="preferred"))
 
 ORT_CPU = Target(
     "ort-cpu",
     _HEAVY | _ORT_CONVOLUTIONS | _JOINING | {aten.hardsigmoid.default: Kernel(("self",))},
     _MOVES,
-    _LIMITS,
     fewest_products=48,
     fewest_macs=16384,
     fewest_channels=16,
@@ -156,7 +144,7 @@ sum of x / 6 and 1/2, whose saturation at 0 and 1 is that of the integers.
 ``python -m tests.bench float_layers`` shows the first two numbers, ``float_results`` the last.
 """
 
-GENERIC = Target("onnx", _HEAVY | _JOINING, _MOVES, _LIMITS, signed_activations=True, symmetric_activations=False)
+GENERIC = Target("onnx", _HEAVY | _JOINING, _MOVES, signed_activations=True, symmetric_activations=False)
 """Any runtime of ONNX: signed activations."""
 
 TARGETS: dict[str, Target] = {target.name: target for target in (ORT_CPU, GENERIC)}

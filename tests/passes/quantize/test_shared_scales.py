@@ -9,7 +9,8 @@ from torch import nn
 import fxopt
 from fxopt import passes
 from fxopt.export import coverage, to_onnx
-from fxopt.passes.quantize.placement import limits_of, move_source, place
+from fxopt.limits import limits_of
+from fxopt.passes.quantize.placement import move_source, place
 from fxopt.passes.quantize.shared_scales import bounds_of
 from fxopt.passes.quantize.target import ORT_CPU
 from tests.models.randomized import randomized
@@ -137,9 +138,9 @@ def test_bounds_hold_and_are_those_that_the_operators_tell(name):
     moves = {node: source for node in gm.graph.nodes if (source := move_source(node, ORT_CPU)) is not None}
 
     def limits(node):
-        if node.op != "call_function" or node.target not in ORT_CPU.limits:
+        if (ends := limits_of(node)) is None:
             return None
-        low, high = limits_of(node, ORT_CPU)
+        low, high = ends
         return -math.inf if low is None else low, math.inf if high is None else high
 
     (result,) = gm.graph.output_node().args[0]
