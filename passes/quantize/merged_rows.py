@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,14 +56,12 @@ def row_count(sample: Sample) -> int:
     return next((int(tensor.shape[0]) for tensor in tensors), 1)
 
 
-def first_rows(samples: Iterator[Sample], rows: int, numbers: float = math.inf) -> Iterator[Sample]:
-    """Yield samples until they have so many rows together, or half of these and so many numbers."""
-    least, left = rows / 2, rows
+def first_rows(samples: Iterator[Sample], rows: int) -> Iterator[Sample]:
+    """Yield samples until they have so many rows together."""
     for sample in samples:
         yield sample
-        left -= row_count(sample)
-        numbers -= sum(leaf.numel() for leaf in sample.leaves() if isinstance(leaf, torch.Tensor))
-        if left <= 0 or (left <= least and numbers <= 0):
+        rows -= row_count(sample)
+        if rows <= 0:
             return
 
 

@@ -145,6 +145,10 @@ def along_channels(site: Site, numbers: torch.Tensor, value: torch.Tensor) -> to
     return numbers.reshape(shape)
 
 
+def _power(values: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
 def signal_to_noise(want: Sequence[Sequence[torch.Tensor]], got: Sequence[Sequence[torch.Tensor]]) -> float:
     """Return the smallest signal to noise ratio of any output, over all samples, in dB; inf if all are equal.
 
@@ -154,10 +158,8 @@ def signal_to_noise(want: Sequence[Sequence[torch.Tensor]], got: Sequence[Sequen
     """
     worst = math.inf
     for wanted, have in zip(zip(*want, strict=True), zip(*got, strict=True), strict=True):
-        signal = sum(float(one.double().square().sum()) for one in wanted)
-        noise = sum(
-            float((one.double() - other.double()).square().sum()) for one, other in zip(wanted, have, strict=True)
-        )
+        signal = sum(map(_power, wanted))
+        noise = sum(_power(one - other) for one, other in zip(wanted, have, strict=True))
         if math.isnan(noise):
             return -math.inf
         if noise > 0:

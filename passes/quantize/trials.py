@@ -16,9 +16,10 @@ import torch
 from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.node_costs import NodeCosts
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
-from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
+from fxopt.passes.quantize.merged_rows import first_rows, merged_rows, row_count
 from fxopt.passes.quantize.resolve import WeightScales, observed, resolve_with
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
 from fxopt.passes.quantize.spec import QuantPlan
@@ -28,7 +29,7 @@ from fxopt.regions import results_of
 __all__ = ["Candidate", "Trial", "Trials"]
 
 _ROWS = 32  # of calibration inputs to learn from, and again to measure on
-_NUMBERS = 2**22  # in all of these, with which half of the rows do: large images have many of each kind
+_BYTES = 2**30  # of all values of the graph for all of these; from there on half of the rows do
 _ASKING = ("view", "as_strided", "view_as", "view_as_real", "view_as_complex")  # refuse a layout that does not fit
 _GAIN = 0.1  # dB by which a way must be better to be worth its while
 
@@ -89,7 +90,7 @@ class Trials:
         self.ledger: list[str] = []
         self.scales = WeightScales(no_saturation=no_saturation)
         samples = calibration_samples(gm, data)
-        held = list(first_rows(samples, 2 * _ROWS, _NUMBERS))
+        held = list(first_rows(samples, _rows_to_try(gm)))
         self.counted, self.more = len(held), next(samples, None) is not None
         middle = (len(held) + 1) // 2
         learned, measured = (merged_rows(gm, part) if merge else part for part in (held[:middle], held[middle:]))
@@ -129,7 +130,7 @@ class Trials:
     def corrected(self, trial: Trial, label: str) -> Trial:
         """Measure a way without and with bias correction, and return the better of both."""
         simulation = Simulation(trial.gm, trial.plan, self.target)
-        learned, measured = ([self.items[item] for item in part] for part in (self._learned, self._measured))
+        learned, measured = self._samples(self._learned), self._samples(self._measured)
         plain = signal_to_noise(self._want, simulation.run(measured))
         shifts = corrections(simulation, learned, trial.means)
         corrected = signal_to_noise(self._want, simulation.run_shifted(measured, shifts))
@@ -154,7 +155,26 @@ class Trials:
         plan = best.asked.with_specs(weights)  # a rounding that was learned holds for its scale alone
         sketches = observed(best.gm, plan, self.target, data, progress=progress, checkpoint=checkpoint)
         (found,) = resolve_with(best.gm, plan, self.target, sketches, (best.method,), self.scales)
-        return self.corrected(dataclasses.replace(best, plan=found), f"{best.method} of all calibration inputs")
+        simulation, shifts = Simulation(best.gm, found, self.target), best.shifts
+        if best.shifts:
+            shifts = corrections(simulation, self._samples(self._learned), best.means)
+        sqnr = signal_to_noise(self._want, simulation.run_shifted(self._samples(self._measured), shifts))
+        self.ledger.append(f"{best.method} of all calibration inputs: {sqnr:.1f} dB")
+        return dataclasses.replace(best, plan=found, shifts=shifts, sqnr_db=sqnr)
+
+    def _samples(self, part: range) -> list[Sample]:
+        return [self.items[item] for item in part]
+
+
+def _rows_to_try(gm: CapturedModule) -> int:
+    """Return how many rows to try on, half to learn from: fewer of what is large, which has many numbers of each kind.
+
+    A mean of a channel over 16 rows of an image or a text is close enough; one over 16 numbers is not.
+    """
+    costs = NodeCosts(gm)
+    total = sum(costs.bytes(node) or 0 for node in gm.graph.nodes if node.op == "call_function")
+    rows = row_count(gm.samples[0]) if gm.samples else 1
+    return max(_ROWS, min(2 * _ROWS, _BYTES * rows // max(total, 1)))
 
 
 def _takes_any_layout(gm: CapturedModule) -> bool:

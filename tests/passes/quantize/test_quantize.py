@@ -1,7 +1,6 @@
 """The pass as users call it: calibration, recipes, plans, refusals, and both sides of a branch."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -306,10 +305,9 @@ def test_single_rows_are_tried_together_where_the_graph_allows_it():
     assert merged_rows(free, others) is others
 
 
-@pytest.mark.parametrize(("numbers", "taken"), [(math.inf, 4), (1, 2), (25, 3), (31, 4)])
-def test_half_of_the_rows_do_where_they_have_numbers_enough(numbers, taken):
-    samples = [fxopt.Sample((torch.zeros(2, 5),)) for _ in range(6)]
-    assert len(list(first_rows(iter(samples), 8, numbers))) == taken
+def test_the_last_of_the_first_rows_may_be_more():
+    samples = [fxopt.Sample((torch.zeros(3, 5),)) for _ in range(6)]
+    assert len(list(first_rows(iter(samples), 7))) == 3
 
 
 def test_inputs_of_few_rows_are_merged_up_to_a_limit():
