@@ -27,21 +27,17 @@ BEFORE_NORMS: tuple[Pass, ...] = (
     RemoveIdentities(),
     SimplifyAlgebra(),
     FoldConstants(parameters=True),
+    FuseActivations(),
 )
-"""What comes before batch norms go into the layers in front of them."""
+"""What comes before scales and batch norms go into the layers in front of them.
 
-BEHIND_NORMS: tuple[Pass, ...] = (FuseActivations(), LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
+Functions that are spelled out are among it: their constants are no scale of the layer that they read.
+"""
+
+BEHIND_NORMS: tuple[Pass, ...] = (LowerForIntegers(), MergeCommonSubexpressions(), RemoveDeadCode())
 """What comes behind that."""
 
-# Constants of a function that is spelled out are no scale of the layer before it.
-PREPARATION: tuple[Pass, ...] = (
-    *BEFORE_NORMS,
-    FuseActivations(),
-    FoldScale(),
-    FoldBatchNorm(),
-    FoldScale(),
-    *BEHIND_NORMS,
-)
+PREPARATION: tuple[Pass, ...] = (*BEFORE_NORMS, FoldScale(), FoldBatchNorm(), FoldScale(), *BEHIND_NORMS)
 """All of it, for a graph whose weights are trained no more."""
 
 

@@ -25,11 +25,7 @@ from fxopt.changes import Skip
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import LossyPass, Pass, run_passes
-from fxopt.passes.cleanup import (
-    FoldConstants,
-    RemoveIdentities,
-    SimplifyAlgebra,
-)
+from fxopt.passes.cleanup import FoldConstants, FuseActivations, RemoveIdentities, SimplifyAlgebra
 from fxopt.passes.quantize.conv_bn import as_integer_layers
 from fxopt.passes.quantize.fake_quantizers import FakeQuantizers, FirstScales
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
@@ -44,7 +40,13 @@ from fxopt.rewriter import Rewriter
 
 __all__ = ["PrepareQat"]
 
-_SAFE_IN_BOTH_MODES: tuple[Pass, ...] = (RemoveIdentities(), SimplifyAlgebra(), FoldConstants(), *BEHIND_NORMS)
+_SAFE_IN_BOTH_MODES: tuple[Pass, ...] = (
+    RemoveIdentities(),
+    SimplifyAlgebra(),
+    FoldConstants(),
+    FuseActivations(),
+    *BEHIND_NORMS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
