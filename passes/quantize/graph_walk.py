@@ -16,9 +16,8 @@ from fxopt.eager_control_flow import EagerInterpreter, eager_call
 from fxopt.errors import PassError
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
-from fxopt.passes.quantize.merged_rows import row_count
 
-__all__ = ["Walk", "items_within", "sampled_rows"]
+__all__ = ["Walk", "items_within"]
 
 _MEGABYTE = 2**20
 
@@ -118,39 +117,6 @@ def items_within(gm: CapturedModule, data: Any, megabytes: int) -> list[list[Any
             break
         found.append(leaves)
     return found
-
-
-def sampled_rows(
-    gm: CapturedModule, nodes: Collection[str], data: Any, *, each: int, most: int, seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """Return rows along the last axis of the values of each named node, f32[rows, channels].
-
-    Args:
-        gm: The graph.
-        nodes: Names of nodes of the graph itself.
-        data: See :func:`fxopt.calibration_data.calibration_samples`.
-        each: How many rows to draw for each row of a calibration input.
-        most: How many rows are enough; further inputs are not run.
-        seed: Of the draw.
-    """
-    chosen = [node for node in gm.graph.nodes if node.name in set(nodes)]
-    found: dict[str, list[torch.Tensor]] = {node.name: [] for node in chosen}
-    draw = torch.Generator().manual_seed(seed)
-    drawn = 0
-    for sample in calibration_samples(gm, data):
-        if drawn >= most:
-            break
-        walk = Walk(gm, [gm.flatten_inputs(*sample.args, **sample.kwargs)], chosen)
-        with isolated(gm):
-            for node in chosen:
-                walk.advance(node, past=True)
-        count = each * row_count(sample)
-        for node in chosen:
-            value = walk.take(node)[0]
-            rows = value.reshape(-1, value.shape[-1])
-            found[node.name].append(rows[torch.randperm(len(rows), generator=draw)[:count]])
-        drawn += count
-    return {name: torch.cat(rows) for name, rows in found.items()}
 
 
 def _most_alive(gm: CapturedModule, leaves: list[Any]) -> int:

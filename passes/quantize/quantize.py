@@ -42,8 +42,8 @@ class Quantize(LossyPass):
     Attributes:
         bits: Width of activations: 8 or 16 in files for ORT, any of 2 to 8 and 16 in the graph.
         weight_bits: Width of weights; that of activations, but at most 8, if None.
-        recipe: ``"fast"`` tries nothing; ``"auto"`` measures range methods, bias correction and smoothing, and keeps
-            what helps; ``"accurate"`` tries equalization and learned rounding too, which takes minutes.
+        recipe: ``"fast"`` tries nothing; ``"auto"`` measures range methods, bias correction and smoothing on 64 rows at
+            most, and keeps what helps; ``"accurate"`` tries equalization and learned rounding too, which takes minutes.
         method: How a range is chosen: ``"mse"``, ``"minmax"``, ``"percentile:99.99"``, ``"entropy"``,
             ``"moving-average"``; ``"auto"`` is the better of the first two, or the first if the recipe tries nothing.
         target: The runtime: ``"ort-cpu"`` or ``"onnx"``.
@@ -57,7 +57,8 @@ class Quantize(LossyPass):
         widths: What a layer may get: bits of 2 to 8 for its weight (activations then have 8), 16 for its activations,
             ``"float"``; 8 and ``"float"`` if empty.
         costs: Measured times by name of a layer in the prepared graph and by width; multiply-accumulates if None.
-        checkpoint: A file that calibration keeps what it saw in, to go on there after a crash; removed in the end.
+        checkpoint: A file that the run over all calibration inputs keeps what it saw in, to go on there after a crash;
+            removed in the end.
 
     Where processes of ``torch.distributed`` run, each calls the pass with its share of the calibration inputs, and all
     get the scales of all shares, bit for bit. Trials would be of one share each, so that the recipe is ``"fast"`` then.

@@ -24,8 +24,8 @@ Language Models, ICML 2023, equation 4.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
-from fxopt.passes.quantize.graph_walk import sampled_rows
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams
@@ -99,14 +98,13 @@ class SmoothQuant(Pass):
         if not groups:
             return
         names = [value.name for value in groups]
-        sketches = calibrate(rw.gm, names, calibration_of(rw.gm), channels=dict.fromkeys(names, -1))
-        rows = {}
-        if self.alpha is None:
-            rows = sampled_rows(rw.gm, names, calibration_of(rw.gm), each=_EACH, most=_MOST)
+        drawn = _DrawnRows(names if self.alpha is None else ())
+        along = dict.fromkeys(names, -1)
+        sketches = calibrate(rw.gm, names, calibration_of(rw.gm), channels=along, watch=drawn.watch)
         for value in rw.nodes_of(rw.gm):
             if value in groups:
                 group, weights = groups[value], [_by_input(rw, site) for site in groups[value].readers]
-                factor = self._factor(_largest(sketches[value.name]), weights, rows.get(value.name))
+                factor = self._factor(_largest(sketches[value.name]), weights, drawn.of(value.name))
                 if factor is None:
                     rw.skip(value, "no alpha makes its products a twentieth better")
                 elif not torch.allclose(factor, torch.ones_like(factor), rtol=0, atol=_SAME):
@@ -134,6 +132,26 @@ class _Group:
     value: torch.fx.Node
     readers: tuple[Site, ...]
     norm: torch.fx.Node | None
+
+
+class _DrawnRows:
+    """Rows along the last axis of some values, drawn while a graph runs: a few of each row of each input."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._drawn: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+        self._draw = torch.Generator().manual_seed(0)
+
+    def watch(self, item: int, node: torch.fx.Node, value: Any) -> None:
+        """See :func:`calibrate`."""
+        drawn = self._drawn.get(node.name)
+        if drawn is not None and sum(map(len, drawn)) < _MOST:
+            rows = value.reshape(-1, value.shape[-1])
+            drawn.append(rows[torch.randperm(len(rows), generator=self._draw)[: _EACH * len(value)]])
+
+    def of(self, name: str) -> torch.Tensor | None:
+        """Return those of one value, f32[rows, channels]; None if none were to be drawn."""
+        drawn = self._drawn.get(name)
+        return torch.cat(drawn) if drawn else None
 
 
 def smoothing_factors(largest: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
