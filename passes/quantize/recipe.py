@@ -31,7 +31,7 @@ from fxopt.passes.quantize.smooth_quant import SmoothQuant
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import SplitOutliers
 from fxopt.passes.quantize.target import Target
-from fxopt.passes.quantize.trials import Candidate, Trial, Trials
+from fxopt.passes.quantize.trials import GAIN, Candidate, Trial, Trials
 
 __all__ = ["METHODS_TRIED", "Recipe", "Search"]
 
@@ -42,6 +42,7 @@ METHODS_TRIED = ("mse", "minmax")
 _ROWS_TOGETHER = 16  # that calibration runs at once
 _PRECISE = 30.0  # dB from which on speed counts for more: the noise is a thousandth of the signal's power
 _FLOAT_GAIN = 1.0  # dB by which it must be better to leave layers out of the integers
+_CALL_GAIN = 0.5  # and to add calls to the graph, such as a multiplication of floats in front of layers
 
 MakePlan = Callable[[CapturedModule, Sequence[str]], QuantPlan]
 """Makes the plan, without scales, of a graph, in which the named calls stay float."""
@@ -118,8 +119,9 @@ class Search:
             if not changed.modified:
                 continue
             changed.gm.recompile()
-            plan = make_plan(changed.gm, tuple(slow))
-            best = trials.better(best, trials.tried(changed.gm, plan, later, f"{item.spec()}, "), item.spec())
+            tried = trials.tried(changed.gm, make_plan(changed.gm, tuple(slow)), later, f"{item.spec()}, ")
+            gain = _CALL_GAIN if len(changed.gm.graph.nodes) > len(best.gm.graph.nodes) else GAIN
+            best = trials.better(best, tried, item.spec(), gain)
         best = self._with_float_results(best, trials)
         if recipe == "accurate":
             best = _rounded(best, trials, data)

@@ -26,12 +26,14 @@ from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.target import Target
 from fxopt.regions import results_of
 
-__all__ = ["Candidate", "Trial", "Trials"]
+__all__ = ["GAIN", "Candidate", "Trial", "Trials"]
+
+GAIN = 0.1
+"""By how many dB a way must be better to be worth its while."""
 
 _ROWS = 32  # of calibration inputs to learn from, and again to measure on
 _BYTES = 2**30  # of all values of the graph for all of these; from there on half of the rows do
 _ASKING = ("view", "as_strided", "view_as", "view_as_real", "view_as_complex")  # refuse a layout that does not fit
-_GAIN = 0.1  # dB by which a way must be better to be worth its while
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +137,11 @@ class Trials:
         shifts = corrections(simulation, learned, trial.means)
         corrected = signal_to_noise(self._want, simulation.run_shifted(measured, shifts))
         self.ledger.append(f"{label}: {plain:.1f} dB, with correct-bias {corrected:.1f} dB")
-        if corrected > plain + _GAIN:
+        if corrected > plain + GAIN:
             return dataclasses.replace(trial, shifts=shifts, sqnr_db=corrected)
         return dataclasses.replace(trial, shifts={}, sqnr_db=plain)
 
-    def better(self, best: Trial, other: Trial, name: str, gain: float = _GAIN) -> Trial:
+    def better(self, best: Trial, other: Trial, name: str, gain: float = GAIN) -> Trial:
         """Return the better way; the second only if it is so by ``gain``, in dB."""
         kept = other.sqnr_db > best.sqnr_db + gain
         self.ledger.append(f"{name}: {best.sqnr_db:.1f} to {other.sqnr_db:.1f} dB, {'kept' if kept else 'not kept'}")

@@ -1,5 +1,7 @@
 """Trials of ways to quantize: what they learn of and are measured on, and that all inputs give the scales."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import fxopt
 from fxopt.errors import CalibrationError
 from fxopt.numerics import measure
 from fxopt.passes import Quantize
+from fxopt.passes.quantize import recipe as recipe_module
 from fxopt.passes.quantize import resolve as resolve_module
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.correct_bias import channel_means
@@ -192,6 +195,33 @@ def test_the_second_trial_takes_the_better_method_alone():
     tried = [note.split(":")[0] for note in small.report.steps[0].notes if "with correct-bias" in note]
     assert tried[:2] == ["mse", "minmax"]
     assert len([name for name in tried if name.startswith("split-outliers, ")]) == 1
+
+
+class Scaled(fxopt.Pass):
+    """Changes a weight, and maybe adds a call."""
+
+    name = "scaled"
+
+    def __init__(self, adds):
+        self.adds = adds
+
+    def run(self, rw):
+        (node, *_) = rw.calls(torch.ops.aten.conv2d.default)
+        rw.set_tensor(node.args[1], rw.tensor(node.args[1]) * 1.0, why="as before")
+        if self.adds:
+            rw.insert_call(torch.ops.aten.mul.Tensor, (node.args[0], 1.0), before=node, why="costs time")
+
+
+@pytest.mark.parametrize(("adds", "gain", "kept"), [(True, 0.3, False), (True, 0.6, True), (False, 0.3, True)])
+def test_what_adds_calls_must_gain_more(monkeypatch, adds, gain, kept):
+    tried, results = Trials.tried, iter((30.0, 30.0 + gain))
+    monkeypatch.setattr(recipe_module, "_transformations", lambda recipe, method: [Scaled(adds)])
+    monkeypatch.setattr(
+        Trials, "tried", lambda *args, **kwargs: dataclasses.replace(tried(*args, **kwargs), sqnr_db=next(results))
+    )
+    small = quantized(prepared(convolutions()), [(rows,) for rows in IMAGES[:64].split(4)])
+    (note,) = [note for note in small.report.steps[0].notes if note.startswith("scaled") and "kept" in note]
+    assert note.endswith(", kept") is kept
 
 
 def test_a_watch_sees_every_item_so_no_checkpoint_may_leave_some_out(tmp_path):
