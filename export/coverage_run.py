@@ -156,7 +156,8 @@ def _profiling(
     for index, node in enumerate(_nodes(optimized)):
         kernels.append(KernelRuns(node, find(node)))
         node.name = str(index)
-    session = _ProfiledSession(save_model(optimized, folder / "optimized.onnx"), folder / "profile", threads)
+    saved = save_model(optimized, folder / "optimized.onnx")
+    session = Session(saved, optimization="none", threads=threads, profile=folder / "profile")
     return kernels, optimized, session
 
 
@@ -166,24 +167,6 @@ def _kernel_events(events: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         name = event["name"].removesuffix("_kernel_time")
         if event.get("cat") == "Node" and name != event["name"] and name.isdecimal():
             yield int(name), event
-
-
-class _ProfiledSession(Session):
-    """A session that writes what it ran to a file of a name that is given, and leaves the graph as it is."""
-
-    def __init__(self, path: Path, prefix: Path, threads: int | None = None) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = os.fspath(prefix)
-        self.ort = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        self.input_names = tuple(str(held.name) for held in self.ort.get_inputs())
-        self.output_names = tuple(str(held.name) for held in self.ort.get_outputs())
 
 
 def drawn_inputs(session: Session, sizes: Mapping[str, int] | None = None) -> dict[str, torch.Tensor]:

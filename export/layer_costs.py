@@ -11,7 +11,6 @@ what is around it counts as a whole. What stands between layers, such as a chang
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +23,7 @@ from fxopt.export.coverage_table import KERNELS
 from fxopt.export.files import OnnxFile
 from fxopt.export.session import Session
 
-__all__ = ["TimedSession", "layer_costs"]
+__all__ = ["layer_costs"]
 
 _MARK = "fxopt#"  # ORT names a fused node after a node that it replaces, or after what it yields
 _HEAVY = ("conv", "linear", "matmul")
@@ -74,7 +73,7 @@ def _shortest(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data", size_threshold_bytes=1024)
-        session = TimedSession(path, Path(folder) / "profile", threads)
+        session = Session(path, threads=threads, profile=Path(folder) / "profile")
         given = drawn_inputs(session, sizes) if inputs is None else inputs
         try:
             for _ in range(runs):
@@ -82,22 +81,6 @@ def _shortest(
         finally:
             events = json.loads(Path(session.ort.end_profiling()).read_text(encoding="utf-8"))
     return _times(events, layers)
-
-
-class TimedSession(Session):
-    """A session with all optimizations that writes the time of each kernel to a file of a name that is given."""
-
-    def __init__(self, path: Path, prefix: Path, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        options.enable_profiling = True
-        options.profile_file_prefix = os.fspath(prefix)
-        self.ort = onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
-        self.input_names = tuple(str(held.name) for held in self.ort.get_inputs())
-        self.output_names = tuple(str(held.name) for held in self.ort.get_outputs())
 
 
 def _marked(model: ir.Model) -> dict[str, str]:

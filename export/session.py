@@ -41,7 +41,7 @@ class Session:
         optimization: Optimization = "all",
         threads: int | None = None,
         save_optimized: str | os.PathLike[str] | None = None,
-        profile: bool = False,
+        profile: bool | str | os.PathLike[str] = False,
         disabled: Sequence[str] = (),
         verbose: bool = False,
     ) -> None:
@@ -53,7 +53,8 @@ class Session:
             threads: Threads within one operator; ORT's choice if not given.
             save_optimized: Where to write the graph as ORT rewrote it. Weights that lie beside ``model`` are written
                 beside it, to ``<save_optimized>.data``.
-            profile: Record times; ``end_profiling`` of the session in ``ort`` returns the file.
+            profile: Record times; ``end_profiling`` of the session in ``ort`` returns the file, whose name begins with
+                this if it is a path.
             disabled: Names of ORT's optimizers to leave out.
             verbose: Let ORT tell on standard error what it does.
 
@@ -67,7 +68,9 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[optimization])
         options.log_severity_level = _EVERYTHING if verbose else _ERRORS_ONLY
-        options.enable_profiling = profile
+        options.enable_profiling = bool(profile)
+        if not isinstance(profile, bool):
+            options.profile_file_prefix = os.fspath(profile)
         if threads is not None:
             options.intra_op_num_threads = threads
         source = model if isinstance(model, bytes) else os.fspath(model)

@@ -29,7 +29,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.args import arg, put_arg
 from fxopt.attributes import made_of_attributes
-from fxopt.export.layer_costs import TimedSession
 from fxopt.export.session import Session
 from fxopt.export.to_onnx import DEFAULT_OPSET
 from fxopt.export.translate import translate
@@ -236,12 +235,12 @@ def _kernel_time(
     return sum(max(each - writing, 0.0) for each in _kernels(session))
 
 
-def _session(model: ir.Model, folder: Path, threads: int) -> TimedSession:
+def _session(model: ir.Model, folder: Path, threads: int) -> Session:
     ir.save(model, folder / "model.onnx")
-    return TimedSession(folder / "model.onnx", folder / "profile", threads)
+    return Session(folder / "model.onnx", threads=threads, profile=folder / "profile")
 
 
-def _kernels(session: TimedSession) -> list[float]:
+def _kernels(session: Session) -> list[float]:
     """Return the time of each kernel that computes, as ORT's profiler tells it, in microseconds."""
     profile = Path(session.ort.end_profiling())
     events = json.loads(profile.read_text(encoding="utf-8"))
