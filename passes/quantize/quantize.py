@@ -60,6 +60,9 @@ class Quantize(LossyPass):
         checkpoint: A file that the run over all calibration inputs keeps what it saw in, to go on there after a crash;
             removed in the end.
 
+    Calibration inputs are read one by one, a few are read again; with a recipe that tries, those of an iterator, which
+    gives them once, are all kept in memory.
+
     Where processes of ``torch.distributed`` run, each calls the pass with its share of the calibration inputs, and all
     get the scales of all shares, bit for bit. Trials would be of one share each, so that the recipe is ``"fast"`` then.
     """

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from fxopt.calibration_data import calibration_of
+from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.errors import CalibrationError
 from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass
@@ -91,6 +91,8 @@ class Search:
         """
         given = self.gm.calibration
         data = calibration_of(self.gm)
+        if isinstance(data, Iterator):  # what gives its items once is to be read more than once, here and later
+            given = data = list(calibration_samples(self.gm, data))
         try:
             found = self._best(make_plan, methods, recipe, MergedRows(self.gm, data, _ROWS_TOGETHER), merge=True)
         except CalibrationError:  # again, so that the error tells which of the user's items it is

@@ -74,6 +74,17 @@ def test_many_inputs_are_read_once_from_end_to_end():
     assert 100 <= loader.read <= 100 + 20  # and those of the trials before that
 
 
+@pytest.mark.parametrize("images", [LATE, LATE.flip(0)], ids=["large last", "large first"])
+def test_a_generator_gives_all_it_has(images):
+    small = quantized(prepared(convolutions()), ((rows,) for rows in images.split(5)), method="minmax")
+    assert first_scale(small) * 255 == pytest.approx(float(LATE.max() - LATE.min()), rel=1e-6)
+
+
+def test_a_budget_reads_what_a_generator_gave():
+    small = quantized(prepared(convolutions()), ((rows,) for rows in IMAGES.split(5)), metric=lambda model: 1.0)
+    assert any(note.startswith("try 1: ") for note in small.report.steps[0].notes)
+
+
 @pytest.mark.parametrize("number", [3, 17])
 def test_an_input_that_overflows_is_named_as_the_user_counts(number):
     items = [(rows.clone(),) for rows in IMAGES.split(5)]
