@@ -117,7 +117,8 @@ class Search:
             best = trials.better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
             slow = slow if best is tried else {}
         for item in _transformations(recipe, best.method):
-            changed = item(best.gm)
+            seen = trials.seen_of(best.gm)
+            changed = (dataclasses.replace(item, seen=seen) if isinstance(item, SplitOutliers) else item)(best.gm)
             if not changed.modified:
                 continue
             changed.gm.recompile()

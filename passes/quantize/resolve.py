@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from fxopt.attributes import get_path, owner_of
 from fxopt.calibration_data import calibration_of
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule
-from fxopt.passes.quantize.calibrate import Progress, Watch, calibrate
+from fxopt.passes.quantize.calibrate import Progress, calibrate
 from fxopt.passes.quantize.layout import bias_of, input_of
 from fxopt.passes.quantize.placement import Site, all_sites, integer_sites
 from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams
@@ -24,7 +23,8 @@ from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weights import channel_scales, constant_of, scales_for_bias
 
 __all__ = [
-    "WeightScales", "observed", "resolve", "resolve_activations", "resolve_weights", "resolve_with", "used_channels",
+    "WeightScales", "open_activations", "resolve", "resolve_activations", "resolve_weights", "resolve_with",
+    "used_channels",
 ]  # fmt: skip
 
 
@@ -52,27 +52,11 @@ def resolve(
     Raises:
         CalibrationError: the data are empty, do not fit, or hold NaN.
     """
-    data = calibration_of(gm)
     sketches: Mapping[str, ValueSketch] = {}
-    if _open_activations(plan):
-        sketches = observed(gm, plan, target, data, progress=progress, checkpoint=checkpoint)
+    if names := open_activations(plan):
+        only = used_channels(gm, plan, target)
+        sketches = calibrate(gm, names, calibration_of(gm), only=only, progress=progress, checkpoint=checkpoint)
     return resolve_with(gm, plan, target, sketches, methods, WeightScales(no_saturation=no_saturation))
-
-
-def observed(
-    gm: CapturedModule,
-    plan: QuantPlan,
-    target: Target,
-    data: Any,
-    *,
-    progress: Progress | None = None,
-    checkpoint: str | None = None,
-    watch: Watch | None = None,
-) -> dict[str, ValueSketch]:
-    """Return sketches of the activations of a plan that have no scale, by name; see :func:`calibrate`."""
-    only = used_channels(gm, plan, target)
-    names = _open_activations(plan)
-    return calibrate(gm, names, data, only=only, progress=progress, checkpoint=checkpoint, watch=watch)
 
 
 def resolve_with(
@@ -97,7 +81,8 @@ def resolve_with(
     return [resolve_weights(gm, found, target, scales) for found in plans]
 
 
-def _open_activations(plan: QuantPlan) -> list[str]:
+def open_activations(plan: QuantPlan) -> list[str]:
+    """Return the activations of a plan that have no scale yet."""
     return [name for name, spec in plan.items() if spec.role == "activation" and not spec.resolved]
 
 
@@ -140,9 +125,9 @@ def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], me
         key = plan[name].group or name
         if sketch.count:
             if key not in seen:
-                seen[key] = ValueSketch.from_state(sketch.to_state()) if plan[name].group else sketch
+                seen[key] = sketch.without_channels() if plan[name].group else sketch
             else:
-                seen[key].merge(sketch)
+                seen[key].merge(sketch.without_channels())
     specs: dict[str, QuantSpec] = {}
     unseen: dict[str, str] = {}
     for name, spec in plan.items():

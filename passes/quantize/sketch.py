@@ -187,6 +187,12 @@ class ValueSketch:
             state["channels"] = np.stack([self.channel_low, self.channel_high])
         return state
 
+    def without_channels(self) -> ValueSketch:
+        """Return a copy that keeps no extremes by channel, and so merges with those of any other tensor."""
+        state = self.to_state()
+        state.pop("channels", None)
+        return self.from_state(state | {"axis": np.array([], np.int64)})
+
     @classmethod
     def from_state(cls, state: Mapping[str, Array]) -> ValueSketch:
         """Return the sketch whose :meth:`to_state` this is.

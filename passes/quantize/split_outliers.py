@@ -16,6 +16,7 @@ Source: Dettmers, Lewis, Belkada, Zettlemoyer: LLM.int8(), NeurIPS 2022, section
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import numpy as np
@@ -24,16 +25,19 @@ import torch
 from fxopt.args import arg, shape
 from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
+from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.placement import Site, integer_sites
+from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.rewriter import Rewriter
 
-__all__ = ["SplitOutliers", "outlier_channels"]
+__all__ = ["SplitOutliers", "inputs_of_wide_layers", "outlier_channels"]
 
 aten = torch.ops.aten
 
+_WIDE = 64  # channels
 _POINTWISE = {
     aten.gelu.default, aten.relu.default, aten.silu.default, aten.tanh.default, aten.sigmoid.default,
     aten.hardswish.default, aten.elu.default, aten.leaky_relu.default,
@@ -47,6 +51,7 @@ class SplitOutliers(Pass):
     Attributes:
         most: How many channels of an activation may be taken out.
         ratio: By how much the range of the activation must shrink.
+        seen: What is known of values from an earlier run, with extremes by channel; the others are calibrated.
     """
 
     name: ClassVar[str] = "split-outliers"
@@ -55,6 +60,7 @@ class SplitOutliers(Pass):
     evaluation_only: ClassVar[bool] = True
     most: int = 2
     ratio: float = 2.0
+    seen: Mapping[str, ValueSketch] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -69,17 +75,19 @@ class SplitOutliers(Pass):
         Raises:
             CalibrationError: the calibration data do not fit.
         """
-        sites = [site for site in integer_sites(rw.gm.graph, GENERIC, {}) if _can_split(rw, site)]
+        sites = [site for site in _wide_layers(rw.gm) if not _is_shared(rw, site)]
         names = sorted({site.operands[0].name for site in sites})
         if not names:
             return
-        sketches = calibrate(rw.gm, names, calibration_of(rw.gm), channels=dict.fromkeys(names, -1))
+        sketches = {name: sketch for name, sketch in (self.seen or {}).items() if sketch.axis is not None}
+        if left := [name for name in names if name not in sketches]:
+            sketches |= calibrate(rw.gm, left, calibration_of(rw.gm), channels=dict.fromkeys(left, -1))
         for site in sites:
             sketch = sketches[site.operands[0].name]
             assert sketch.channel_low is not None  # it was asked for channels
             assert sketch.channel_high is not None
             largest = torch.from_numpy(np.maximum(-sketch.channel_low, sketch.channel_high))
-            assert site.weight is not None  # _can_split() asked for one
+            assert site.weight is not None  # _wide_layers() asked for one
             used = rw.tensor(site.weight).detach().any(0)
             chosen = outlier_channels(torch.where(used, largest, 0.0), self.most, self.ratio)
             if chosen:
@@ -109,17 +117,28 @@ def outlier_channels(largest: torch.Tensor, most: int, ratio: float) -> list[int
     return sorted(order[:count].tolist())
 
 
-def _can_split(rw: Rewriter, site: Site) -> bool:
-    if site.node.target is not aten.linear.default or site.weight is None:
-        return False
-    rows = shape(site.operands[0])[-1]
-    shared = len(site.weight.users) > 1 or rw.readers(str(site.weight.target), site.weight.graph) > 1
-    return isinstance(rows, int) and rows >= 64 and not shared  # a small product has little to lose or to gain
+def inputs_of_wide_layers(gm: CapturedModule) -> set[str]:
+    """Return the values whose extremes by channel the pass asks for, by name."""
+    return {site.operands[0].name for site in _wide_layers(gm)}
+
+
+def _wide_layers(gm: CapturedModule) -> Iterator[Site]:
+    """Yield the linear layers of many inputs: a small product has little to lose or to gain."""
+    for site in integer_sites(gm.graph, GENERIC, {}):
+        if site.node.target is aten.linear.default and site.weight is not None:
+            channels = shape(site.operands[0])[-1]
+            if isinstance(channels, int) and channels >= _WIDE:
+                yield site
+
+
+def _is_shared(rw: Rewriter, site: Site) -> bool:
+    assert site.weight is not None  # _wide_layers() asked for one
+    return len(site.weight.users) > 1 or rw.readers(str(site.weight.target), site.weight.graph) > 1
 
 
 def _split(rw: Rewriter, site: Site, channels: list[int], why: str) -> None:
     node, x, weight = site.node, site.operands[0], site.weight
-    assert weight is not None  # _can_split() asked for one
+    assert weight is not None  # _wide_layers() asked for one
     held = rw.tensor(weight).detach()
     rest = held.clone()
     rest[:, channels] = 0

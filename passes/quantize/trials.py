@@ -17,12 +17,14 @@ from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.node_costs import NodeCosts
-from fxopt.passes.quantize.calibrate import Progress
+from fxopt.passes.quantize.calibrate import Progress, calibrate
 from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
 from fxopt.passes.quantize.merged_rows import first_rows, merged_rows, row_count
-from fxopt.passes.quantize.resolve import WeightScales, observed, resolve_with
+from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
+from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantPlan
+from fxopt.passes.quantize.split_outliers import inputs_of_wide_layers
 from fxopt.passes.quantize.target import Target
 from fxopt.regions import results_of
 
@@ -102,6 +104,7 @@ class Trials:
         self._learned = range(len(learned))
         self._measured = range(len(learned), len(self.items)) or self._learned  # the same if there is only one
         self._want: list[list[torch.Tensor]] = []
+        self._seen: _Seen | None = None
 
     def tried(
         self,
@@ -112,6 +115,19 @@ class Trials:
         progress: Progress | None = None,
     ) -> Trial:
         """Calibrate a plan, and return the better of the range methods. The first graph must be the float graph."""
+        seen = self._observed(gm, plan, progress)
+        plans = resolve_with(gm, plan, self.target, seen.sketches, methods, self.scales)
+        trials = [
+            self.corrected(Trial(gm, found, {}, asked=plan, method=method, means=seen.means), f"{label}{method}")
+            for method, found in zip(methods, plans, strict=True)
+        ]
+        return max(trials, key=lambda trial: trial.sqnr_db)
+
+    def _observed(self, gm: CapturedModule, plan: QuantPlan, progress: Progress | None) -> _Seen:
+        """Return what a plan is to know of the float graph, for which that is run if it was not for another plan."""
+        names, only = open_activations(plan), used_channels(gm, plan, self.target)
+        if self._seen is not None and self._seen.covers(gm, names, only):
+            return dataclasses.replace(self._seen, sketches={name: self._seen.sketches[name] for name in names})
         means, outputs = ChannelMeans(gm, self.target), _Outputs(gm)
 
         def watch(item: int, node: torch.fx.Node, value: Any) -> None:
@@ -120,14 +136,16 @@ class Trials:
             if item in self._measured and not self._want:
                 outputs.add(item, node, value)
 
-        sketches = observed(gm, plan, self.target, self.items, progress=progress, watch=watch)
+        wide = inputs_of_wide_layers(gm)  # for outliers to be split off without another run
+        along = {name: -1 for name in names if name in wide and name not in only}
+        sketches = calibrate(gm, names, self.items, only=only, channels=along, progress=progress, watch=watch)
         self._want = self._want or [outputs.of(item) for item in self._measured]
-        plans = resolve_with(gm, plan, self.target, sketches, methods, self.scales)
-        trials = [
-            self.corrected(Trial(gm, found, {}, asked=plan, method=method, means=means.found()), f"{label}{method}")
-            for method, found in zip(methods, plans, strict=True)
-        ]
-        return max(trials, key=lambda trial: trial.sqnr_db)
+        self._seen = _Seen(gm, sketches, only, means.found())
+        return self._seen
+
+    def seen_of(self, gm: CapturedModule) -> Mapping[str, ValueSketch]:
+        """Return what is known of the values of a graph, by name."""
+        return self._seen.sketches if self._seen is not None and self._seen.gm is gm else {}
 
     def corrected(self, trial: Trial, label: str) -> Trial:
         """Measure a way without and with bias correction, and return the better of both."""
@@ -155,7 +173,8 @@ class Trials:
             return best
         weights = {name: spec for name, spec in best.plan.items() if spec.role == "weight"}
         plan = best.asked.with_specs(weights)  # a rounding that was learned holds for its scale alone
-        sketches = observed(best.gm, plan, self.target, data, progress=progress, checkpoint=checkpoint)
+        names, only = open_activations(plan), used_channels(best.gm, plan, self.target)
+        sketches = calibrate(best.gm, names, data, only=only, progress=progress, checkpoint=checkpoint)
         (found,) = resolve_with(best.gm, plan, self.target, sketches, (best.method,), self.scales)
         simulation, shifts = Simulation(best.gm, found, self.target), best.shifts
         if best.shifts:
@@ -205,6 +224,24 @@ def _channels_last(sample: Sample) -> Sample:
             for leaf in sample.leaves()
         ]
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What one run of a float graph told: sketches of values, of which channels, and means of layers' channels."""
+
+    gm: CapturedModule
+    sketches: Mapping[str, ValueSketch]
+    only: Mapping[str, torch.Tensor]
+    means: Mapping[str, torch.Tensor]
+
+    def covers(self, gm: CapturedModule, names: Sequence[str], only: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether these values of a graph are among them, and each with the channels that count."""
+        return gm is self.gm and all(name in self.sketches and self._counts_as(name, only) for name in names)
+
+    def _counts_as(self, name: str, only: Mapping[str, torch.Tensor]) -> bool:
+        mine, other = self.only.get(name), only.get(name)
+        return mine is other if mine is None or other is None else torch.equal(mine, other)
 
 
 class _Outputs:

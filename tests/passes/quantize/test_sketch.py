@@ -182,3 +182,14 @@ def test_empty_sketch_has_no_quantile_and_merges_as_nothing() -> None:
         some.merge(ValueSketch(axis=1))
     with pytest.raises(ValueError, match=r"within \[0, 1\], not 1\.5"):
         some.quantile(1.5)
+
+
+def test_a_copy_without_channels_is_what_no_axis_would_have_given():
+    with_axis, without, other = ValueSketch(axis=-1), ValueSketch(), ValueSketch()
+    for sketch in (with_axis, without):
+        sketch.update(torch.tensor([[1.0, -2.0], [3.0, 0.0]]))
+    other.update(torch.tensor([7.0]))
+    copy = with_axis.without_channels()
+    assert copy == without
+    copy.merge(other)
+    assert (copy.high, with_axis.high) == (7.0, 3.0)

@@ -8,8 +8,10 @@ from torch import nn
 import fxopt
 from fxopt.numerics import measure
 from fxopt.passes import Quantize, SplitOutliers
+from fxopt.passes.quantize import split_outliers
+from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.quantize import PREPARATION
-from fxopt.passes.quantize.split_outliers import outlier_channels
+from fxopt.passes.quantize.split_outliers import inputs_of_wide_layers, outlier_channels
 from fxopt.testing import check_pass
 
 
@@ -49,6 +51,19 @@ def test_the_function_stays_and_the_range_shrinks():
     plans = [Quantize(recipe="fast").make_plan(graph) for graph in (gm, result.gm)]
     before, after = (plan["gelu"].range[1] for plan in plans)
     assert after < before / 10  # the channel that no weight multiplies does not count
+
+
+def test_what_was_seen_before_is_not_calibrated_again(monkeypatch):
+    gm = prepared(Massive())
+    names = inputs_of_wide_layers(gm)
+    assert names == {"x", "gelu"}
+    seen = calibrate(gm, names, gm.samples, channels=dict.fromkeys(names, -1))
+    want = SplitOutliers()(gm).gm
+    monkeypatch.setattr(split_outliers, "calibrate", lambda *args, **options: pytest.fail("it was calibrated again"))
+    found = SplitOutliers(seen=seen)(gm).gm
+    for graph in (want, found):
+        graph.recompile()
+    assert torch.equal(want(X), found(X))
 
 
 def test_the_hidden_unit_is_computed_from_the_floats_in_front():

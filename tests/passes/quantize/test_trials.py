@@ -165,6 +165,27 @@ def test_fewer_rows_of_what_is_large(size, rows):
     assert _rows_to_try(gm) == rows
 
 
+def test_another_plan_of_the_same_graph_needs_no_run():
+    gm = prepared(convolutions())
+    trials = Trials(gm, [(rows,) for rows in IMAGES.split(4)], ORT_CPU, no_saturation=True)
+    runs = []
+    seen = lambda done, total: runs.append(done)  # noqa: E731
+    plan = Quantize(recipe="fast")._plan(gm)
+    trials.tried(gm, plan, ("minmax",), progress=seen)
+    assert runs == [1, 2]
+    fewer = Quantize(recipe="fast", skip=("conv2d",))._plan(gm)
+    again = trials.tried(gm, fewer, ("minmax",), progress=seen)
+    assert runs == [1, 2]
+    assert (
+        again.plan
+        == Trials(gm, [(rows,) for rows in IMAGES.split(4)], ORT_CPU, no_saturation=True)
+        .tried(gm, fewer, ("minmax",))
+        .plan
+    )
+    trials.tried(gm.clone(), plan, ("minmax",), progress=seen)
+    assert runs == [1, 2, 1, 2]
+
+
 class Viewed(nn.Module):
     """Asks how what a convolution yields lies in memory."""
 
@@ -226,7 +247,7 @@ class Scaled(fxopt.Pass):
 @pytest.mark.parametrize(("adds", "gain", "kept"), [(True, 0.3, False), (True, 0.6, True), (False, 0.3, True)])
 def test_what_adds_calls_must_gain_more(monkeypatch, adds, gain, kept):
     tried, results = Trials.tried, iter((30.0, 30.0 + gain))
-    monkeypatch.setattr(recipe_module, "_transformations", lambda recipe, method: [Scaled(adds)])
+    monkeypatch.setattr(recipe_module, "_transformations", lambda *_: [Scaled(adds)])
     monkeypatch.setattr(
         Trials, "tried", lambda *args, **kwargs: dataclasses.replace(tried(*args, **kwargs), sqnr_db=next(results))
     )
