@@ -94,7 +94,7 @@ class Search:
         if isinstance(data, Iterator):  # what gives its items once is to be read more than once, here and later
             given = data = list(calibration_samples(self.gm, data))
         try:
-            found = self._best(make_plan, methods, recipe, MergedRows(self.gm, data, _ROWS_TOGETHER), merge=True)
+            found = self._best(make_plan, methods, recipe, data, merge=True)
         except CalibrationError:  # again, so that the error tells which of the user's items it is
             found = self._best(make_plan, methods, recipe, data, merge=False)
         finally:
@@ -127,8 +127,11 @@ class Search:
             best = trials.better(best, tried, item.spec(), gain)
         best = self._with_float_results(best, trials)
         if recipe == "accurate":
-            best = _rounded(best, trials, data)
-        best = trials.with_all(best, data, self.progress, self.checkpoint)
+            # It could learn what it is measured on by heart.
+            apart = LeftOut(self.gm, data, (trials.counted + 1) // 2, trials.counted)
+            best = _rounded(best, trials, MergedRows(self.gm, apart, _ROWS_TOGETHER) if merge else apart)
+        together = MergedRows(self.gm, data, _ROWS_TOGETHER) if merge else data
+        best = trials.with_all(best, together, self.progress, self.checkpoint)
         notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
         return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
 
@@ -153,13 +156,11 @@ def _transformations(recipe: Recipe, method: str) -> Iterator[Pass]:
 
 
 def _rounded(best: Trial, trials: Trials, data: Any) -> Trial:
-    """Learn how to round the weights; biases are to restore the means of the float weights."""
+    """Learn of some inputs how to round the weights; biases are to restore the means of the float weights."""
     start, held = best, best.gm.calibration
-    # It could learn what it is measured on by heart.
-    apart = LeftOut(start.gm, data, (trials.counted + 1) // 2, trials.counted)
     rounding = Gptq(plan=start.plan), AdaRound(plan=start.plan), AdaRound(plan=start.plan, asymmetric=False)
     for item in rounding:
-        start.gm.calibration = apart
+        start.gm.calibration = data
         try:
             changed = item(start.gm)
         finally:

@@ -74,6 +74,8 @@ class Simulation:
         if node in self._weights:
             return self._weights[node]
         spec = self.layout.specs[node]
+        if value.ndim == 3:  # torch takes twice as long for a linear layer of what is transposed
+            value = value.contiguous()
         return rounded(value, spec.scale[0], spec.zero_point[0], *spec.limits)
 
 
