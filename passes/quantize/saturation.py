@@ -97,12 +97,12 @@ def pair_sums(weight: torch.Tensor, axis: int = 0) -> tuple[torch.Tensor, torch.
         weight: i8, as :func:`kernel_order` takes it.
         axis: Axis of the output channels.
     """
-    first, second = _pairs(weight.to(torch.int32), axis)
+    first, second = _pairs(weight.to(torch.int16), axis)
     lowest = first.clamp(max=0) + second.clamp(max=0)
     highest = first.clamp(min=0) + second.clamp(min=0)
     if not first.shape[1]:
-        return lowest.new_zeros(len(first)), highest.new_zeros(len(first))
-    return lowest.amin(1), highest.amax(1)
+        return torch.zeros(len(first), dtype=torch.int32), torch.zeros(len(first), dtype=torch.int32)
+    return lowest.amin(1).int(), highest.amax(1).int()
 
 
 def can_overflow(weight: torch.Tensor, axis: int = 0, *, groups: int = 1, largest: int = 255) -> torch.Tensor:
@@ -159,9 +159,9 @@ def avoid_saturation(
     if not bool(guilty.any()):
         return tuple(scale)
     # A pair that fits fits with every larger scale: only those that do not have a say. Two of opposite sign always fit.
-    first, second = _pairs(integers.to(torch.int32), axis)
+    first, second = _pairs(integers.to(torch.int16), axis)
     sums = first + second
-    wrong = (largest * sums > 32767) | (largest * sums < -32768)
+    wrong = (sums > 32767 // largest) | (sums < -(32768 // largest))
     magnitudes = torch.stack([side[wrong].detach().float().abs() for side in _pairs(weight, axis)])
     most = 32767 // largest  # the same below zero: 32768 has no divisor with which that pair could overflow
     end = torch.where(sums[wrong] > 0, float(limits[1]), float(-limits[0]))
@@ -234,7 +234,7 @@ def _quantized(weight: torch.Tensor, scale: torch.Tensor, axis: int, limits: tup
         raise ValueError(f"{len(scale)} scales for {channels} channels; wanted one, or one a channel")
     if not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
         raise ValueError("a scale is not a finite number above 0")
-    if not bool(weight.isfinite().all()):
+    if weight.numel() and not all(bool(end.isfinite()) for end in weight.detach().aminmax()):  # NaN is both then
         raise ValueError("the weight holds NaN or infinity")
     if not -128 <= limits[0] < 0 < limits[1] <= 127:
         raise ValueError(f"the integers of the weight are {limits[0]} to {limits[1]}; wanted a part of -128 to 127")

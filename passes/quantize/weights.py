@@ -31,14 +31,14 @@ def channel_scales(weight: torch.Tensor, spec: QuantSpec) -> tuple[float, ...]:
     Raises:
         ValueError: the weight holds NaN or infinity.
     """
-    if not bool(weight.isfinite().all()):
-        raise ValueError("the weight holds NaN or infinity")
     largest = weight.detach().abs().float()
     if spec.axis is None:
         bounds = largest.max().reshape(1) if largest.numel() else torch.zeros(1)
     else:
         other = [axis for axis in range(weight.ndim) if axis != spec.axis % weight.ndim]
         bounds = largest.amax(other) if other else largest
+    if not bool(bounds.isfinite().all()):
+        raise ValueError("the weight holds NaN or infinity")
     scale = bounds / max(spec.limits[1], 1)
     return tuple(scale.clamp_min(_SMALLEST).tolist())
 
