@@ -24,7 +24,7 @@ from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.float_results import results_for_floats
 from fxopt.passes.quantize.gptq import Gptq
-from fxopt.passes.quantize.merged_rows import LeftOut, MergedRows
+from fxopt.passes.quantize.merged_rows import MergedRows
 from fxopt.passes.quantize.no_gain import layers_without_gain
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
@@ -127,8 +127,7 @@ class Search:
             best = trials.better(best, tried, item.spec(), gain)
         best = self._with_float_results(best, trials)
         if recipe == "accurate":
-            # It could learn what it is measured on by heart.
-            apart = LeftOut(self.gm, data, (trials.counted + 1) // 2, trials.counted)
+            apart = trials.not_measured(self.gm)
             best = _rounded(best, trials, MergedRows(self.gm, apart, _ROWS_TOGETHER) if merge else apart)
         together = MergedRows(self.gm, data, _ROWS_TOGETHER) if merge else data
         best = trials.with_all(best, together, self.progress, self.checkpoint)

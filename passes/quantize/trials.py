@@ -19,7 +19,7 @@ from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.node_costs import NodeCosts
 from fxopt.passes.quantize.calibrate import Progress, calibrate
 from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
-from fxopt.passes.quantize.merged_rows import first_rows, merged_rows, row_count
+from fxopt.passes.quantize.merged_rows import LeftOut, first_rows, halved_rows, merged_rows, row_count
 from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
 from fxopt.passes.quantize.sketch import ValueSketch
@@ -78,11 +78,10 @@ class Trials:
         data: Its calibration inputs; see :func:`fxopt.calibration_data.calibration_samples`.
         target: The runtime.
         no_saturation: See :func:`fxopt.passes.quantize.resolve.resolve`.
-        merge: Whether inputs may be run together, which takes less time.
+        merge: Whether inputs may be run together, which takes less time, and one alone be halved.
 
     Attributes:
         items: The inputs.
-        counted: How many of the items of ``data`` they are.
         more: Whether there are others.
         ledger: What was tried, with what came of it.
     """
@@ -93,9 +92,14 @@ class Trials:
         self.target, self.no_saturation = target, no_saturation
         self.ledger: list[str] = []
         self.scales = WeightScales(no_saturation=no_saturation)
-        samples = calibration_samples(gm, data)
-        held = list(first_rows(samples, _rows_to_try(gm)))
-        self.counted, self.more = len(held), next(samples, None) is not None
+        self._data, rows, samples = data, _rows_to_try(gm), calibration_samples(gm, data)
+        held = list(first_rows(samples, rows))
+        self._counted = len(held)
+        self.more = next(samples, None) is not None
+        if merge and len(held) == 1:
+            (whole,) = held
+            held = halved_rows(gm, whole, rows)
+            self.more |= sum(map(row_count, held)) < row_count(whole)
         middle = (len(held) + 1) // 2
         learned, measured = (merged_rows(gm, part) if merge else part for part in (held[:middle], held[middle:]))
         self.items = [*learned, *measured]
@@ -142,6 +146,12 @@ class Trials:
         self._want = self._want or [outputs.of(item) for item in self._measured]
         self._seen = _Seen(gm, sketches, only, means.found())
         return self._seen
+
+    def not_measured(self, gm: CapturedModule) -> LeftOut:
+        """Return the calibration inputs without those that ways are measured on, which one could learn by heart."""
+        if self._counted == 1:
+            return LeftOut(gm, self._data, 0, 1, instead=self._samples(self._learned))
+        return LeftOut(gm, self._data, (self._counted + 1) // 2, self._counted)
 
     def seen_of(self, gm: CapturedModule) -> Mapping[str, ValueSketch]:
         """Return what is known of the values of a graph, by name."""

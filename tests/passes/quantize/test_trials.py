@@ -148,7 +148,7 @@ def test_what_is_gathered_in_one_run_is_what_runs_by_node_give():
     gm = prepared(convolutions())
     trials = Trials(gm, [(rows,) for rows in IMAGES.split(4)], ORT_CPU, no_saturation=True)
     assert [len(item.args[0]) for item in trials.items] == [32, 32]
-    assert (trials.counted, trials.more) == (16, True)
+    assert trials.more
     found = trials.tried(gm, Quantize(recipe="fast")._plan(gm), ("minmax",))
     want = channel_means(gm, ORT_CPU, trials.items[:1])
     assert found.means.keys() == want.keys()
@@ -163,6 +163,37 @@ def test_fewer_rows_of_what_is_large(size, rows):
     net, x = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU()), torch.zeros(2, 1, size, size)  # 32 * size**2 bytes a row
     gm = fxopt.capture(net.eval(), (x,), dynamic_shapes=({0: "batch"},), modes="current", verify=False)
     assert _rows_to_try(gm) == rows
+
+
+@pytest.mark.parametrize(("count", "sizes", "more"), [(1, [1], False), (7, [4, 3], False), (100, [32, 32], True)])
+def test_one_input_of_many_rows_is_halved(count, sizes, more):
+    trials = Trials(prepared(convolutions()), [(IMAGES[:count],)], ORT_CPU, no_saturation=True)
+    assert [len(item.args[0]) for item in trials.items] == sizes
+    assert trials.more is more
+    assert torch.equal(torch.cat([item.args[0] for item in trials.items]), IMAGES[: sum(sizes)])
+
+
+def test_one_input_of_many_rows_gives_all_scales():
+    small = quantized(prepared(convolutions()), [(LATE,)], method="minmax")
+    assert first_scale(small) * 255 == pytest.approx(float(LATE.max() - LATE.min()), rel=1e-6)
+
+
+def test_one_input_of_a_fixed_batch_is_tried_on_as_a_whole():
+    gm = fxopt.optimize(fxopt.capture(convolutions().eval(), (IMAGES,)), PREPARATION, strict=True)
+    trials = Trials(gm, [(IMAGES,)], ORT_CPU, no_saturation=True)
+    assert [len(item.args[0]) for item in trials.items] == [100]
+
+
+@pytest.mark.parametrize(("sizes", "left"), [
+    ((100,), [*range(32)]), ((64, 36), [*range(32), *range(64, 100)]), ((10,) * 10, [*range(40), *range(70, 100)]),
+])  # fmt: skip
+def test_what_is_measured_on_is_not_learned_from(sizes, left):
+    numbered = IMAGES.clone()
+    numbered[:, 0, 0, 0] = torch.arange(100.0)
+    gm = prepared(convolutions())
+    trials = Trials(gm, [(rows,) for rows in numbered.split(sizes)], ORT_CPU, no_saturation=True)
+    found = torch.cat([sample.args[0] for sample in trials.not_measured(gm)])
+    assert found[:, 0, 0, 0].tolist() == left
 
 
 def test_another_plan_of_the_same_graph_needs_no_run():
