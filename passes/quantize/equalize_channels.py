@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 
 from fxopt.args import shape
@@ -35,7 +34,6 @@ from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.layout import bias_of
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.simulate import channel_axis
-from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.rewriter import Rewriter
 
@@ -111,7 +109,7 @@ class EqualizeChannels(Pass):
         names = {rw.site_name(j.value): j for j in found}
         axes = {name: channel_axis(j.first) for name, j in names.items()}
         sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=axes)
-        return {names[name].value: _magnitudes(sketch) for name, sketch in sketches.items() if sketch.count}
+        return {names[name].value: sketch.channel_largest for name, sketch in sketches.items() if sketch.count}
 
     def _equalize(
         self,
@@ -137,12 +135,6 @@ class EqualizeChannels(Pass):
         for site in junction.readers:
             weights[_weight(site)] = _times_inputs(site, weights[_weight(site)], factor)
         return True
-
-
-def _magnitudes(sketch: ValueSketch) -> torch.Tensor:
-    assert sketch.channel_low is not None  # it was asked for channels
-    assert sketch.channel_high is not None
-    return torch.from_numpy(np.maximum(-sketch.channel_low, sketch.channel_high))
 
 
 def power_of_two(wanted: torch.Tensor) -> torch.Tensor:

@@ -94,11 +94,11 @@ def halved_rows(gm: CapturedModule, sample: Sample, most: int) -> list[Sample]:
     rows = _rows_of(gm)
     if rows is None:
         return [sample]
-    leaves = gm.flatten_inputs(*sample.args, **dict(sample.kwargs))
-    count = min(most, int(leaves[_tensors(gm)[0]].shape[0]))
+    count = min(most, row_count(sample))
     middle = (count + 1) // 2
     if count < 2 or not gm.dims[rows].allows(middle) or not gm.dims[rows].allows(count - middle):
         return [sample]
+    leaves = gm.flatten_inputs(*sample.args, **dict(sample.kwargs))
     halves = []
     for part in (slice(0, middle), slice(middle, count)):
         half = list(leaves)

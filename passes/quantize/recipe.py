@@ -24,7 +24,6 @@ from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.float_results import results_for_floats
 from fxopt.passes.quantize.gptq import Gptq
-from fxopt.passes.quantize.merged_rows import MergedRows
 from fxopt.passes.quantize.no_gain import layers_without_gain
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
@@ -39,7 +38,6 @@ Recipe = Literal["fast", "auto", "accurate"]
 METHODS_TRIED = ("mse", "minmax")
 """The range methods that ``"auto"`` tries."""
 
-_ROWS_TOGETHER = 16  # that calibration runs at once
 _PRECISE = 30.0  # dB from which on speed counts for more: the noise is a thousandth of the signal's power
 _FLOAT_GAIN = 1.0  # dB by which it must be better to leave layers out of the integers
 _CALL_GAIN = 0.5  # and to add calls to the graph, such as a multiplication of floats in front of layers
@@ -127,10 +125,8 @@ class Search:
             best = trials.better(best, tried, item.spec(), gain)
         best = self._with_float_results(best, trials)
         if recipe == "accurate":
-            apart = trials.not_measured(self.gm)
-            best = _rounded(best, trials, MergedRows(self.gm, apart, _ROWS_TOGETHER) if merge else apart)
-        together = MergedRows(self.gm, data, _ROWS_TOGETHER) if merge else data
-        best = trials.with_all(best, together, self.progress, self.checkpoint)
+            best = _rounded(best, trials)
+        best = trials.with_all(best, self.progress, self.checkpoint)
         notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
         return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
 
@@ -154,12 +150,12 @@ def _transformations(recipe: Recipe, method: str) -> Iterator[Pass]:
         yield EqualizeChannels(by="activations")
 
 
-def _rounded(best: Trial, trials: Trials, data: Any) -> Trial:
+def _rounded(best: Trial, trials: Trials) -> Trial:
     """Learn of some inputs how to round the weights; biases are to restore the means of the float weights."""
     start, held = best, best.gm.calibration
     rounding = Gptq(plan=start.plan), AdaRound(plan=start.plan), AdaRound(plan=start.plan, asymmetric=False)
     for item in rounding:
-        start.gm.calibration = data
+        start.gm.calibration = trials.not_measured()
         try:
             changed = item(start.gm)
         finally:

@@ -121,9 +121,9 @@ def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], me
     """Return the plan with scales for the activations that were seen; those that were not are left out, with a note."""
     held: dict[str, QuantSpec] = {spec.group: spec for spec in plan.values() if spec.group and spec.resolved}
     seen: dict[str, ValueSketch] = {}
-    for name, sketch in sketches.items():
-        key = plan[name].group or name
-        if sketch.count:
+    for name in open_activations(plan):
+        key, sketch = plan[name].group or name, sketches.get(name)
+        if sketch is not None and sketch.count:
             if key not in seen:
                 seen[key] = sketch.without_channels() if plan[name].group else sketch
             else:

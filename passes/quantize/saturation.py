@@ -161,9 +161,9 @@ def avoid_saturation(
     # A pair that fits fits with every larger scale: only those that do not have a say. Two of opposite sign always fit.
     first, second = _pairs(integers.to(torch.int16), axis)
     sums = first + second
-    wrong = (sums > 32767 // largest) | (sums < -(32768 // largest))
-    magnitudes = torch.stack([side[wrong].detach().float().abs() for side in _pairs(weight, axis)])
     most = 32767 // largest  # the same below zero: 32768 has no divisor with which that pair could overflow
+    wrong = (sums > most) | (sums < -(32768 // largest))
+    magnitudes = torch.stack([side[wrong].detach().float().abs() for side in _pairs(weight, axis)])
     end = torch.where(sums[wrong] > 0, float(limits[1]), float(-limits[0]))
     each = held.expand(len(guilty))
     needed = torch.zeros(wrong.shape)

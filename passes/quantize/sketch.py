@@ -125,6 +125,17 @@ class ValueSketch:
         """
         return self._mean(self._high_sum)
 
+    @property
+    def channel_largest(self) -> torch.Tensor:
+        """The largest magnitude of each channel, f32[channels].
+
+        Raises:
+            ValueError: no extremes by channel are kept, or no batch was seen.
+        """
+        if self.channel_low is None or self.channel_high is None:
+            raise ValueError(f"{self!r} keeps no extremes by channel")
+        return torch.from_numpy(np.maximum(-self.channel_low, self.channel_high))
+
     def intervals(self) -> tuple[Array, Array, Array]:
         """Return lower ends, upper ends and counts of the bins that hold values, in ascending order: f64, f64, i64.
 

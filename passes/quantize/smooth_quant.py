@@ -27,7 +27,6 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 
 from fxopt.args import arg, shape
@@ -104,7 +103,7 @@ class SmoothQuant(Pass):
         for value in rw.nodes_of(rw.gm):
             if value in groups:
                 group, weights = groups[value], [_by_input(rw, site) for site in groups[value].readers]
-                factor = self._factor(_largest(sketches[value.name]), weights, drawn.of(value.name))
+                factor = self._factor(sketches[value.name].channel_largest.double(), weights, drawn.of(value.name))
                 if factor is None:
                     rw.skip(value, "no alpha makes its products a twentieth better")
                 elif not torch.allclose(factor, torch.ones_like(factor), rtol=0, atol=_SAME):
@@ -277,12 +276,6 @@ def _by_input(rw: Rewriter, site: Site) -> torch.Tensor:
     assert site.weight is not None  # _multiplies() asked for one
     weight = rw.tensor(site.weight).detach()
     return weight.t() if site.kernel.weight_axis == 1 else weight
-
-
-def _largest(sketch: ValueSketch) -> torch.Tensor:
-    assert sketch.channel_low is not None  # it was asked for channels
-    assert sketch.channel_high is not None
-    return torch.from_numpy(np.maximum(-sketch.channel_low, sketch.channel_high)).double()
 
 
 def _apply(rw: Rewriter, group: _Group, weights: Sequence[torch.Tensor], factor: torch.Tensor) -> None:

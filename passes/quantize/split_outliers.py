@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
-import numpy as np
 import torch
 
 from fxopt.args import arg, shape
@@ -83,10 +82,7 @@ class SplitOutliers(Pass):
         if left := [name for name in names if name not in sketches]:
             sketches |= calibrate(rw.gm, left, calibration_of(rw.gm), channels=dict.fromkeys(left, -1))
         for site in sites:
-            sketch = sketches[site.operands[0].name]
-            assert sketch.channel_low is not None  # it was asked for channels
-            assert sketch.channel_high is not None
-            largest = torch.from_numpy(np.maximum(-sketch.channel_low, sketch.channel_high))
+            largest = sketches[site.operands[0].name].channel_largest
             assert site.weight is not None  # _wide_layers() asked for one
             used = rw.tensor(site.weight).detach().any(0)
             chosen = outlier_channels(torch.where(used, largest, 0.0), self.most, self.ratio)

@@ -19,8 +19,8 @@ from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.node_costs import NodeCosts
 from fxopt.passes.quantize.calibrate import Progress, calibrate
 from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
-from fxopt.passes.quantize.merged_rows import LeftOut, first_rows, halved_rows, merged_rows, row_count
-from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve_with, used_channels
+from fxopt.passes.quantize.merged_rows import LeftOut, MergedRows, first_rows, halved_rows, merged_rows, row_count
+from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
 from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantPlan
@@ -34,6 +34,7 @@ GAIN = 0.1
 """By how many dB a way must be better to be worth its while."""
 
 _ROWS = 32  # of calibration inputs to learn from, and again to measure on
+_ROWS_TOGETHER = 16  # that calibration runs at once
 _BYTES = 2**30  # of all values of the graph for all of these; from there on half of the rows do
 _ASKING = ("view", "as_strided", "view_as", "view_as_real", "view_as_complex")  # refuse a layout that does not fit
 
@@ -55,7 +56,7 @@ class Candidate:
     sqnr_db: float = float("nan")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial(Candidate):
     """One way to quantize that was measured.
 
@@ -65,9 +66,9 @@ class Trial(Candidate):
         means: The mean of each channel of each layer in the float graph, f64[channels] by node name.
     """
 
-    asked: QuantPlan = dataclasses.field(default_factory=lambda: QuantPlan({}))
-    method: str = ""
-    means: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    asked: QuantPlan
+    method: str
+    means: Mapping[str, torch.Tensor]
 
 
 class Trials:
@@ -89,10 +90,11 @@ class Trials:
     def __init__(
         self, gm: CapturedModule, data: Any, target: Target, *, no_saturation: bool, merge: bool = True
     ) -> None:
-        self.target, self.no_saturation = target, no_saturation
+        self.target = target
         self.ledger: list[str] = []
-        self.scales = WeightScales(no_saturation=no_saturation)
-        self._data, rows, samples = data, _rows_to_try(gm), calibration_samples(gm, data)
+        self._gm, self._data, self._merge = gm, data, merge
+        self._scales = WeightScales(no_saturation=no_saturation)
+        rows, samples = _rows_to_try(gm), calibration_samples(gm, data)
         held = list(first_rows(samples, rows))
         self._counted = len(held)
         self.more = next(samples, None) is not None
@@ -120,7 +122,7 @@ class Trials:
     ) -> Trial:
         """Calibrate a plan, and return the better of the range methods. The first graph must be the float graph."""
         seen = self._observed(gm, plan, progress)
-        plans = resolve_with(gm, plan, self.target, seen.sketches, methods, self.scales)
+        plans = resolve_with(gm, plan, self.target, seen.sketches, methods, self._scales)
         trials = [
             self.corrected(Trial(gm, found, {}, asked=plan, method=method, means=seen.means), f"{label}{method}")
             for method, found in zip(methods, plans, strict=True)
@@ -131,7 +133,7 @@ class Trials:
         """Return what a plan is to know of the float graph, for which that is run if it was not for another plan."""
         names, only = open_activations(plan), used_channels(gm, plan, self.target)
         if self._seen is not None and self._seen.covers(gm, names, only):
-            return dataclasses.replace(self._seen, sketches={name: self._seen.sketches[name] for name in names})
+            return self._seen
         means, outputs = ChannelMeans(gm, self.target), _Outputs(gm)
 
         def watch(item: int, node: torch.fx.Node, value: Any) -> None:
@@ -147,11 +149,14 @@ class Trials:
         self._seen = _Seen(gm, sketches, only, means.found())
         return self._seen
 
-    def not_measured(self, gm: CapturedModule) -> LeftOut:
+    def not_measured(self) -> Any:
         """Return the calibration inputs without those that ways are measured on, which one could learn by heart."""
         if self._counted == 1:
-            return LeftOut(gm, self._data, 0, 1, instead=self._samples(self._learned))
-        return LeftOut(gm, self._data, (self._counted + 1) // 2, self._counted)
+            return self._together(LeftOut(self._gm, self._data, 0, 1, instead=self._samples(self._learned)))
+        return self._together(LeftOut(self._gm, self._data, (self._counted + 1) // 2, self._counted))
+
+    def _together(self, data: Any) -> Any:
+        return MergedRows(self._gm, data, _ROWS_TOGETHER) if self._merge else data
 
     def seen_of(self, gm: CapturedModule) -> Mapping[str, ValueSketch]:
         """Return what is known of the values of a graph, by name."""
@@ -175,17 +180,22 @@ class Trials:
         self.ledger.append(f"{name}: {best.sqnr_db:.1f} to {other.sqnr_db:.1f} dB, {'kept' if kept else 'not kept'}")
         return other if kept else best
 
-    def with_all(
-        self, best: Trial, data: Any, progress: Progress | None = None, checkpoint: str | None = None
-    ) -> Trial:
+    def with_all(self, best: Trial, progress: Progress | None = None, checkpoint: str | None = None) -> Trial:
         """Return the way with scales of all calibration inputs, where these are more than it was tried on."""
         if not self.more:
             return best
         weights = {name: spec for name, spec in best.plan.items() if spec.role == "weight"}
         plan = best.asked.with_specs(weights)  # a rounding that was learned holds for its scale alone
-        names, only = open_activations(plan), used_channels(best.gm, plan, self.target)
-        sketches = calibrate(best.gm, names, data, only=only, progress=progress, checkpoint=checkpoint)
-        (found,) = resolve_with(best.gm, plan, self.target, sketches, (best.method,), self.scales)
+        best.gm.calibration = self._together(self._data)
+        (found,) = resolve(
+            best.gm,
+            plan,
+            self.target,
+            (best.method,),
+            progress=progress,
+            checkpoint=checkpoint,
+            no_saturation=self._scales.no_saturation,
+        )
         simulation, shifts = Simulation(best.gm, found, self.target), best.shifts
         if best.shifts:
             shifts = corrections(simulation, self._samples(self._learned), best.means)

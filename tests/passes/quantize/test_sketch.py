@@ -193,3 +193,6 @@ def test_a_copy_without_channels_is_what_no_axis_would_have_given():
     assert copy == without
     copy.merge(other)
     assert (copy.high, with_axis.high) == (7.0, 3.0)
+    assert with_axis.channel_largest.tolist() == [3.0, 2.0]
+    with pytest.raises(ValueError, match="keeps no extremes by channel"):
+        copy.channel_largest  # noqa: B018  # it raises
