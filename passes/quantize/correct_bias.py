@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +25,7 @@ from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.planned_pass import PlannedPass
-from fxopt.passes.quantize.simulate import Simulation, along_channels, channel_axis, run_by_node
+from fxopt.passes.quantize.simulate import Simulation, run_by_node
 from fxopt.passes.quantize.target import TARGETS, Target
 from fxopt.rewriter import Rewriter
 
@@ -100,13 +100,11 @@ def corrections(
     """Return what each bias lacks, f32[channels] by node name: a layer is corrected before the next one is run."""
     shifts: dict[str, torch.Tensor] = {}
 
-    def correct(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
-        site = simulation.layout.sites.get(node)
-        if site is None or not site.is_layer:
-            return values
-        shift = (means[node.name] - _channel_mean(site, values)).float()
-        shifts[node.name] = shift
-        return [value + along_channels(site, shift, value) for value in values]
+    def correct(site: Site, results: Callable[[], list[torch.Tensor]]) -> torch.Tensor | None:
+        if not site.is_layer:
+            return None
+        shifts[site.node.name] = (means[site.node.name] - _channel_mean(site, results())).float()
+        return shifts[site.node.name]
 
     simulation.run(samples, correct)
     return shifts
@@ -126,9 +124,14 @@ def _channel_mean(site: Site, values: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _channel_sums(site: Site, value: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the sum of each channel, f64[channels], and of how many numbers it is."""
-    flat = value.movedim(channel_axis(site), 0).flatten(1)
-    return flat.sum(1, dtype=torch.float64), flat.shape[1]
+    """Return the sum of each channel, f64[channels], and of how many numbers it is.
+
+    Sums of one value are of 32 bits, which are close enough, and take a twentieth of the time.
+    """
+    axis = site.channel_axis % value.ndim
+    others = [other for other in range(value.ndim) if other != axis]
+    total = value.sum(others) if others else value
+    return total.double(), value.numel() // max(value.shape[axis], 1)
 
 
 def _shift_bias(rw: Rewriter, site: Site, shift: torch.Tensor) -> None:

@@ -33,7 +33,6 @@ from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.layout import bias_of
 from fxopt.passes.quantize.placement import Site, integer_sites
-from fxopt.passes.quantize.simulate import channel_axis
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.rewriter import Rewriter
 
@@ -107,7 +106,7 @@ class EqualizeChannels(Pass):
         if self.by == "weights" or not found:
             return {}
         names = {rw.site_name(j.value): j for j in found}
-        axes = {name: channel_axis(j.first) for name, j in names.items()}
+        axes = {name: j.first.channel_axis for name, j in names.items()}
         sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=axes)
         return {names[name].value: sketch.channel_largest for name, sketch in sketches.items() if sketch.count}
 
@@ -175,7 +174,7 @@ def _reads_channels(reader: Site, value: torch.fx.Node, first: Site) -> bool:
     """Return whether the input channels of ``reader`` are the output channels of ``first``, in their order."""
     if reader.operands[0] is not value or value in reader.operands[1:] or reader.is_convolution != first.is_convolution:
         return False
-    axis = channel_axis(first)
+    axis = first.channel_axis
     return shape(value)[axis] == shape(first.node)[axis] and len(shape(value)) == len(shape(first.node))
 
 

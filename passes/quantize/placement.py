@@ -62,8 +62,15 @@ class Site:
 
     @property
     def is_convolution(self) -> bool:
-        """Whether the call slides its weight along axes; its channels are then those of axis 1, else of the last."""
+        """Whether the call slides its weight along axes."""
         return "conv" in str(self.node.target)
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the result of a layer along which its bias lies: 0 of one image without a batch around it."""
+        if not self.is_convolution or self.weight is None:
+            return -1
+        return len(shape(self.node)) - len(shape(self.weight)) + 1
 
     @property
     def is_layer(self) -> bool:
@@ -83,9 +90,14 @@ class Site:
 
     def limits(self) -> Iterator[tuple[float | None, float | None]]:
         """Yield the smallest and largest result of each limit between the call and its result; None for no end."""
+        for limit in self.limit_nodes():
+            yield limits_of(limit) or (None, None)
+
+    def limit_nodes(self) -> Iterator[torch.fx.Node]:
+        """Yield the limits behind the call, from its result on, which is the last of them if there are any."""
         limit = self.result
         while limit is not self.node:
-            yield limits_of(limit) or (None, None)
+            yield limit
             limit = limit.args[0]  # type: ignore[assignment]  # a limit reads the node in front of it
 
 

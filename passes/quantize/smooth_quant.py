@@ -35,13 +35,13 @@ from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
+from fxopt.passes.quantize.integer_products import IntegerInput, matrix_product
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams
 from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import GENERIC
-from fxopt.passes.quantize.weights import channel_scales
-from fxopt.quantized_ops import rounded
+from fxopt.passes.quantize.weights import channel_scales, weight_integers
 from fxopt.rewriter import Rewriter
 
 __all__ = ["ALPHAS", "SmoothQuant", "capped_factors", "product_errors", "smoothing_factors"]
@@ -201,11 +201,11 @@ def product_errors(
     powers = [products.square().sum(1).clamp_min(1e-30) for products in exact]
     found = []
     for factor in factors:
-        quantized = _quantized_rows(rows / factor.float(), method)
+        inputs, integers = _quantized_rows(rows / factor.float(), method)
         total = 0.0
         for weight, products, power in zip(weights, exact, powers, strict=True):
-            noise = quantized @ _quantized_weight(weight * factor.float()).t() - products
-            total += float((noise.square().sum(1) / power).mean())
+            noise = matrix_product(integers, inputs, *_quantized_weight(weight * factor.float())).sub_(products)
+            total += float((noise.square_().sum(1) / power).mean())
         found.append(total)
     return found
 
@@ -215,17 +215,20 @@ def _spread(rows: torch.Tensor, most: int) -> torch.Tensor:
     return rows[:: -(-len(rows) // most)]
 
 
-def _quantized_rows(rows: torch.Tensor, method: str) -> torch.Tensor:
+def _quantized_rows(rows: torch.Tensor, method: str) -> tuple[IntegerInput, torch.Tensor]:
     sketch = ValueSketch()
     sketch.update(rows)
     low, high = choose_range(sketch, method, bits=8, signed=False, symmetric=False)
-    scale, zero_point = qparams(low, high, bits=8, signed=False, symmetric=False)
-    return rounded(rows, scale, zero_point, 0, 255)
+    inputs = IntegerInput(*qparams(low, high, bits=8, signed=False, symmetric=False), largest=255)
+    return inputs, inputs.integers(rows)
 
 
-def _quantized_weight(weight: torch.Tensor) -> torch.Tensor:
+def _quantized_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return i8[out, in], and the scales f32[out]."""
     spec = QuantSpec("weight", 8, signed=True, symmetric=True, axis=0)
-    return rounded(weight, torch.tensor(channel_scales(weight, spec))[:, None], 0, *spec.limits)
+    scales = channel_scales(weight, spec)
+    resolved = dataclasses.replace(spec, scale=scales, zero_point=(0,) * len(scales))
+    return weight_integers(weight, resolved), torch.tensor(scales)
 
 
 def _groups(rw: Rewriter, insert_mul: bool) -> Iterator[_Group]:

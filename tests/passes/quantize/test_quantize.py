@@ -279,6 +279,18 @@ def test_a_transformer_layer_keeps_norms_and_residuals_in_floats():
     assert measure(gm(x), small(x)).sqnr_db > 25
 
 
+@pytest.mark.parametrize(
+    ("net", "size"),
+    [(nn.Linear(6, 4), (6,)), (nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (3, 8, 8))],
+)
+def test_a_row_or_an_image_without_a_batch_is_quantized(net, size):
+    x, loader = torch.randn(size), [(torch.randn(size),) for _ in range(40)]
+    gm = fxopt.capture(net.eval(), (x,))
+    small = fxopt.optimize(gm, ["quantize"], calibration=loader, strict=True)
+    assert measure(gm(x), small(x)).sqnr_db > 25
+    assert coverage(to_onnx(small)).integer_share == 1.0
+
+
 def test_a_model_without_layers_is_left_alone():
     gm = fxopt.capture(nn.Softmax(1).eval(), (torch.randn(2, 3),))
     small = fxopt.optimize(gm, ["quantize"], strict=True)

@@ -1,0 +1,213 @@
+"""Convolutions and linear layers of 8-bit integers on this machine, for trials: what a runtime computes, without it.
+
+    y = scale_x scale_w[channel] * sum((q_x - zero_point) q_w) + b        the sum in 32 bits, without error
+
+oneDNN, which comes with torch, has them for Inductor, and with VNNI they take a third of the time of floats. A
+processor without it adds pairs of products in 16 bits, where the largest integers saturate. One product of these tells,
+and where it is wrong, or the operators are missing, trials multiply floats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxopt.args import arg, shape
+from fxopt.passes.quantize.placement import Site
+from fxopt.passes.quantize.spec import QuantSpec
+from fxopt.passes.quantize.weights import parameters_of
+
+__all__ = ["IntegerInput", "IntegerLayer", "IntegerProduct", "integer_layer", "integer_products_work", "matrix_product"]
+
+aten = torch.ops.aten
+
+_AXES: dict[Any, int] = {
+    aten.linear.default: 0,
+    aten.conv1d.default: 1,
+    aten.conv2d.default: 2,
+}  # along which a weight slides
+_MOST_TERMS = 2**31 // (255 * 128)  # of a sum that 32 bits hold, whatever the integers
+_FLOATS = 1.0, 0, torch.float32
+_NOTHING_BEHIND: tuple[Any, ...] = ("none", [], "")
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerInput:
+    """How an activation becomes integers from 0 on.
+
+    Attributes:
+        scale: One step.
+        zero_point: What stands for 0.
+        largest: The largest integer, 255 at most.
+    """
+
+    scale: float
+    zero_point: int
+    largest: int
+
+    @property
+    def saturates(self) -> bool:
+        """Whether a byte cannot hold what lies beyond its integers."""
+        return self.largest == 255
+
+    @classmethod
+    def of(cls, spec: QuantSpec) -> IntegerInput | None:
+        """Return that of a spec with its scale, shifted where that is signed; None if it does not fit 8 bits."""
+        smallest, largest = spec.limits
+        if len(spec.scale) != 1 or largest - smallest > 255:
+            return None
+        return cls(spec.scale[0], spec.zero_point[0] - smallest, largest - smallest)
+
+    def integers(self, value: torch.Tensor) -> torch.Tensor:
+        """Return u8 in the shape and layout of a tensor of floats, standing for what ``rounded`` makes of it."""
+        steps = (value / self.scale).round_().add_(self.zero_point - 128).clamp_(-128, self.largest - 128)
+        return steps.to(torch.int8).view(torch.uint8).bitwise_xor_(128)  # torch takes ten times as long to make u8
+
+    def floats(self, integers: torch.Tensor) -> torch.Tensor:
+        """Return what u8 stand for, f32."""
+        found: torch.Tensor = integers.float().sub_(self.zero_point).mul_(self.scale)
+        return found
+
+
+class IntegerProduct:
+    """The product of an input in integers with a weight in integers.
+
+    Args:
+        inputs: How the input became integers.
+        weight: i8[out, in] of a linear layer, or i8[out, in, height, width] of a convolution.
+        scale: Of the weight, f32[] or f32[out].
+        bias: f32[out], or None.
+        windows: Stride, padding and dilation of a convolution along both axes, and its groups; None for a linear layer.
+    """
+
+    def __init__(
+        self,
+        inputs: IntegerInput,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        windows: tuple[list[int], list[int], list[int], int] | None = None,
+    ) -> None:
+        self.inputs, self._bias, self._windows = inputs, bias, windows or ()
+        weight = weight.contiguous()  # whose strides oneDNN takes for granted
+        self._scale = scale.expand(len(weight)).contiguous()
+        self._zeros = torch.zeros(len(weight), dtype=torch.int64)
+        if windows is None:
+            self._packed, self._product = _onednn("qlinear_prepack")(weight, None), _onednn("qlinear_pointwise")
+        else:
+            held = weight, self._scale, inputs.scale, inputs.zero_point, *windows
+            self._packed, self._product = _onednn("qconv_prepack")(*held), _onednn("qconv_pointwise")
+
+    def __call__(
+        self, integers: torch.Tensor, shift: torch.Tensor | None = None, result: IntegerInput | None = None
+    ) -> torch.Tensor:
+        """Return [rows, out] for u8[rows, in], or [n, out, height, width] for u8[n, in, height, width].
+
+        Args:
+            integers: The input.
+            shift: What to add to the bias, f32[out].
+            result: What the product becomes, u8; it stays f32 if None.
+        """
+        bias = shift if self._bias is None else self._bias if shift is None else self._bias + shift
+        quantized = integers, self.inputs.scale, self.inputs.zero_point, self._packed, self._scale, self._zeros
+        becomes = _FLOATS if result is None else (result.scale, result.zero_point, torch.uint8)
+        found: torch.Tensor = self._product(*quantized, bias, *self._windows, *becomes, *_NOTHING_BEHIND)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class IntegerLayer:
+    """A layer computed in integers.
+
+    Attributes:
+        product: Its product.
+        axes: Along which its weight slides.
+    """
+
+    product: IntegerProduct
+    axes: int
+
+    def __call__(
+        self, integers: torch.Tensor, shift: torch.Tensor | None = None, result: IntegerInput | None = None
+    ) -> torch.Tensor:
+        """Return the result for integers of an input, in its layout; see :class:`IntegerProduct`."""
+        if self.axes == 0:
+            return self.product(integers.flatten(0, -2).contiguous(), shift, result).reshape(*integers.shape[:-1], -1)
+        if self.axes == 1:
+            return self.product(integers.unsqueeze(2), shift, result).squeeze(2).contiguous()
+        last = integers.is_contiguous(memory_format=torch.channels_last) and not integers.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        return self.product(integers, shift, result).contiguous(memory_format=layout)
+
+
+def integer_layer(
+    site: Site, inputs: QuantSpec, weight: QuantSpec, integers: torch.Tensor, bias: torch.Tensor | None
+) -> IntegerLayer | None:
+    """Return a layer that computes in integers; None if it has none of this kind here.
+
+    Args:
+        site: The layer.
+        inputs: The spec of its input, with its scale.
+        weight: The spec of its weight, with its scales.
+        integers: Those of the weight.
+        bias: f32[out], or None.
+    """
+    quantized = IntegerInput.of(inputs)
+    if site.node.target not in _AXES or quantized is None or integers.dtype != torch.int8 or any(weight.zero_point):
+        return None
+    if integers[0].numel() > _MOST_TERMS or integers.device.type != "cpu" or not integer_products_work():
+        return None
+    axes, dims = _AXES[site.node.target], len(shape(site.node))
+    if (dims != axes + 2) if axes else (dims < 2):  # one image, or row, without others beside it
+        return None
+    held = integers.unsqueeze(2) if axes == 1 else integers
+    scale, _ = parameters_of(weight)
+    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, _windows(site) if axes else None), axes)
+
+
+def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Return f32[rows, out] for rows u8[rows, in] and a weight i8[out, in] with scales f32[out].
+
+    For a weight that is multiplied once, which is not worth packing.
+    """
+    if not integer_products_work() or rows.shape[1] > _MOST_TERMS:
+        floats: torch.Tensor = inputs.floats(rows) @ (weight * scale[:, None]).t()
+        return floats
+    sums = torch._int_mm(rows.bitwise_xor(128).view(torch.int8), weight.t())  # of rows less 128
+    sums.add_((128 - inputs.zero_point) * weight.sum(1, dtype=torch.int32))
+    return sums.float().mul_(scale * inputs.scale)
+
+
+@functools.cache
+def integer_products_work() -> bool:
+    """Return whether this machine has integer products, and the sums of its largest integers are right."""
+    inputs, one = IntegerInput(1.0, 0, 255), torch.ones(())
+    weight, images = torch.full((32, 64, 1, 1), 127, dtype=torch.int8), torch.full((2, 64, 4, 4), 255.0).byte()
+    matrix, rows = weight.flatten(1), images.movedim(1, -1).flatten(0, 2).contiguous()
+    try:
+        found = (
+            IntegerProduct(inputs, weight, one, windows=([1, 1], [0, 0], [1, 1], 1))(images),
+            IntegerProduct(inputs, matrix, one)(rows),
+        )
+        signed = torch._int_mm(matrix, matrix.t())
+    except (AttributeError, RuntimeError, TypeError):  # no such operator here, or another version of it
+        return False
+    return all(bool((sums == 64 * 255 * 127).all()) for sums in found) and bool((signed == 64 * 127 * 127).all())
+
+
+def _onednn(name: str) -> Any:
+    return getattr(torch.ops.onednn, name)
+
+
+def _windows(site: Site) -> tuple[list[int], list[int], list[int], int]:
+    stride, padding, dilation = (list(arg(site.node, name)) for name in ("stride", "padding", "dilation"))
+    return _of_two(stride, 1), _of_two(padding, 0), _of_two(dilation, 1), site.groups
+
+
+def _of_two(numbers: Sequence[int], other: int) -> list[int]:
+    """Return a number for each of two axes: for a weight that slides along the last alone, with ``other`` in front."""
+    return [other, *numbers] if len(numbers) == 1 else list(numbers)

@@ -1,0 +1,189 @@
+"""Products of integers on this machine are exact, and trials with them agree with trials in floats."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxopt
+from fxopt.passes import Quantize
+from fxopt.passes.quantize import integer_products
+from fxopt.passes.quantize.correct_bias import channel_means, corrections
+from fxopt.passes.quantize.integer_products import (
+    IntegerInput,
+    IntegerProduct,
+    integer_products_work,
+    matrix_product,
+)
+from fxopt.passes.quantize.quantize import PREPARATION
+from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
+from fxopt.passes.quantize.spec import QuantSpec
+from fxopt.passes.quantize.target import ORT_CPU
+from fxopt.quantized_ops import rounded
+
+needs_integers = pytest.mark.skipif(not integer_products_work(), reason="this machine has no exact integer products")
+
+
+class Transposed(nn.Module):
+    """A linear layer and a convolution of what lies in memory the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(24, 16))
+        self.conv = nn.Conv1d(6, 8, 3)
+
+    def forward(self, x):
+        y = F.linear(x.transpose(1, 2), self.weight.t())
+        return self.conv(y.transpose(1, 2).relu()[:, :6])
+
+
+IMAGES = (4, 6, 9, 7)
+LAYERS = {
+    "linear": (nn.Linear(24, 16), (5, 24)),
+    "linear of three axes": (nn.Linear(24, 16, bias=False), (2, 5, 24)),
+    "transposed": (Transposed(), (2, 24, 5)),
+    "linear, saturated": (nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 8)), (5, 24)),
+    "conv1d": (nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2), (2, 6, 20)),
+    "conv2d": (nn.Conv2d(6, 8, 3, padding=1), IMAGES),
+    "conv2d of groups": (nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(0, 2), groups=2, bias=False), IMAGES),
+    "depthwise": (nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 4, 1)), IMAGES),
+    "pooled": (
+        nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 3)),
+        IMAGES,
+    ),
+    "prelu": (
+        nn.Sequential(nn.Conv2d(6, 6, 1), nn.PReLU(), nn.Conv2d(6, 6, 3, padding=1), nn.Hardtanh(-1, 1)),
+        IMAGES,
+    ),
+}
+
+
+def simulations(name, monkeypatch, channels_last=False):
+    """Return a sample, and simulations of the same plan: in integers where they are, and in floats."""
+    net, size = LAYERS[name]
+    torch.manual_seed(0)
+    x = torch.randn(size)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    gm = fxopt.optimize(net.eval(), PREPARATION, (x,), modes="current", check="off")
+    plan = Quantize(recipe="fast").make_plan(gm, [(x,)])
+    integers = Simulation(gm, plan, ORT_CPU)
+    monkeypatch.setattr(integer_products, "integer_products_work", lambda: False)
+    floats = Simulation(gm, plan, ORT_CPU)
+    monkeypatch.undo()
+    assert not floats.layers
+    return [fxopt.Sample((x,)), fxopt.Sample((x.flip(0),))], integers, floats
+
+
+@needs_integers
+@pytest.mark.parametrize(
+    ("name", "channels_last"),
+    [(name, last) for name, (_, size) in LAYERS.items() for last in ([False, True] if len(size) == 4 else [False])],
+)
+def test_trials_in_integers_agree_with_trials_in_floats(name, channels_last, monkeypatch):
+    samples, integers, floats = simulations(name, monkeypatch, channels_last)
+    assert integers.layers.keys() == {site.node for site in integers.layout.sites.values() if site.is_layer}
+    haves, wants = integers.run(samples), floats.run(samples)
+    for (have,), (want,) in zip(haves, wants, strict=True):
+        assert have.stride() == want.stride()
+        # A tie that float32 rounds the other way moves a number by a step, and there are 255 of them.
+        assert float((have - want).abs().max()) <= 0.02 * float(want.abs().max())
+    assert signal_to_noise(wants, haves) > 45
+
+
+@needs_integers
+@pytest.mark.parametrize("name", ["linear, saturated", "depthwise", "pooled", "prelu"])
+def test_corrections_agree_with_those_in_floats(name, monkeypatch):
+    samples, integers, floats = simulations(name, monkeypatch)
+    means = {key: mean + 0.5 for key, mean in channel_means(integers.gm, ORT_CPU, samples).items()}
+    have, want = (corrections(simulation, samples, means) for simulation in (integers, floats))
+    assert have.keys() == want.keys()
+    for key, shift in want.items():
+        torch.testing.assert_close(have[key], shift, rtol=0.02, atol=0.02)
+    shifted, other = (one.run_shifted(samples, want) for one in (integers, floats))
+    assert signal_to_noise(other, shifted) > 45
+    assert signal_to_noise(other, integers.run(samples)) < 30  # the shifts are no trifle
+
+
+@needs_integers
+def test_a_result_that_integers_alone_read_is_never_a_float(monkeypatch):
+    _, integers, _ = simulations("depthwise", monkeypatch)
+    (first,) = [node for node in integers.layers if node.name == "conv2d"]
+    found = integers.requantized[first]
+    assert {node.name for node in found.replaced} == {"conv2d", found.result.name}
+    assert found.result.name != "conv2d"
+    assert not integers.readers[found.result]
+
+
+@needs_integers
+@pytest.mark.parametrize("zero_point", [0, 3, 128, 255])
+def test_products_are_exact(zero_point):
+    generator = torch.Generator().manual_seed(zero_point)
+    inputs = IntegerInput(0.25, zero_point, 255)  # powers of two: no rounding of floats
+    images = torch.randint(0, 256, (2, 8, 6, 5), generator=generator, dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (4, 8, 3, 3), generator=generator, dtype=torch.int8)
+    scale, bias = torch.tensor([0.5, 1.0, 2.0, 4.0]), torch.tensor([1.0, 0.0, -2.0, 8.0])
+    exact = F.conv2d(images.double() - zero_point, weight.double(), padding=1) * 0.25 * scale[:, None, None]
+    found = IntegerProduct(inputs, weight, scale, bias, ([1, 1], [1, 1], [1, 1], 1))(images)
+    assert torch.equal(found.double(), exact + bias[:, None, None])
+
+    rows, matrix = images.flatten(1), weight.flatten(1)[:, :60].repeat(1, 4)
+    exact = (rows.double() - zero_point) @ matrix.double().t() * 0.25 * scale
+    assert torch.equal(matrix_product(rows, inputs, matrix, scale).double(), exact)
+    assert torch.equal(IntegerProduct(inputs, matrix, scale, bias)(rows).double(), exact + bias)
+    transposed = matrix.t().contiguous().t()
+    assert torch.equal(IntegerProduct(inputs, transposed, scale, bias)(rows).double(), exact + bias)
+    becomes = IntegerInput(float(exact.abs().max()) / 64, 10, 255)
+    assert torch.equal(IntegerProduct(inputs, matrix, scale)(rows, None, becomes), becomes.integers(exact.float()))
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_stand_for_what_rounding_leaves(bits, signed):
+    spec = QuantSpec("activation", bits, signed=signed, symmetric=False, scale=(0.37,), zero_point=(2,))
+    inputs = IntegerInput.of(spec)
+    x = torch.linspace(-120, 120, 997)
+    torch.testing.assert_close(inputs.floats(inputs.integers(x)), rounded(x, 0.37, 2, *spec.limits), rtol=0, atol=1e-5)
+
+
+def test_sixteen_bits_are_no_bytes():
+    assert (
+        IntegerInput.of(QuantSpec("activation", 16, signed=False, symmetric=False, scale=(1.0,), zero_point=(0,)))
+        is None
+    )
+
+
+def test_products_that_saturate_are_left_to_floats(monkeypatch):
+    saturating = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda *operands: saturating(*operands).clamp_max(2**15 - 1))
+    integer_products_work.cache_clear()
+    try:
+        assert not integer_products_work()
+        inputs = IntegerInput(0.5, 3, 255)
+        rows, weight = torch.full((32, 8), 255, dtype=torch.uint8), torch.full((16, 8), 127, dtype=torch.int8)
+        assert torch.equal(matrix_product(rows, inputs, weight, torch.ones(16)), torch.full((32, 16), 8 * 126.0 * 127))
+    finally:
+        monkeypatch.undo()
+        integer_products_work.cache_clear()
+
+
+def test_a_version_without_the_operators_computes_in_floats(monkeypatch):
+    monkeypatch.setattr(integer_products, "_onednn", lambda name: getattr(torch.ops.onednn, f"no_{name}"))
+    integer_products_work.cache_clear()
+    try:
+        assert not integer_products_work()
+    finally:
+        monkeypatch.undo()
+        integer_products_work.cache_clear()
+
+
+@pytest.mark.parametrize(("net", "size"), [(nn.Linear(24, 16), (24,)), (nn.Conv2d(6, 8, 3), (6, 9, 7))])
+def test_a_row_or_an_image_without_a_batch_is_computed_in_floats(net, size):
+    x = torch.randn(size)
+    gm = fxopt.optimize(net.eval(), PREPARATION, (x,), modes="current", check="off")
+    simulation = Simulation(gm, Quantize(recipe="fast").make_plan(gm, [(x,)]), ORT_CPU)
+    ((have,),) = simulation.run([fxopt.Sample((x,))])
+    assert not simulation.layers
+    assert signal_to_noise([[gm(x).detach()]], [[have]]) > 30
