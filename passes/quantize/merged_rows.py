@@ -1,7 +1,8 @@
-"""Run calibration inputs of few rows together: as many numbers in fewer runs."""
+"""Run calibration inputs of few rows together, and those of many in parts: as many numbers in fewer or shorter runs."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 
-__all__ = ["LeftOut", "MergedRows", "first_rows", "halved_rows", "merged_rows", "row_count"]
+__all__ = ["LeftOut", "MergedRows", "first_rows", "halved_rows", "merged_rows", "regrouped_rows", "row_count"]
 
 
 class MergedRows:
@@ -83,6 +84,18 @@ def merged_rows(gm: CapturedModule, samples: list[Sample]) -> list[Sample]:
     return [samples[0].with_leaves(together)]
 
 
+def regrouped_rows(gm: CapturedModule, samples: list[Sample], most: int) -> list[Sample]:
+    """Return all rows of the samples in as few samples of at most ``most`` rows as the graph allows.
+
+    A sample whose rows the graph does not let apart stays as it is.
+    """
+    found: list[Sample] = []
+    for sample in merged_rows(gm, samples):
+        count = row_count(sample)
+        found += _parts(gm, sample, [*range(0, count, most), count]) if count > most else [sample]
+    return found
+
+
 def halved_rows(gm: CapturedModule, sample: Sample, most: int) -> list[Sample]:
     """Return the first rows of a sample as two samples, where the graph takes any number of rows; else itself.
 
@@ -91,21 +104,24 @@ def halved_rows(gm: CapturedModule, sample: Sample, most: int) -> list[Sample]:
         sample: The sample.
         most: How many rows the two may have together.
     """
-    rows = _rows_of(gm)
-    if rows is None:
-        return [sample]
     count = min(most, row_count(sample))
-    middle = (count + 1) // 2
-    if count < 2 or not gm.dims[rows].allows(middle) or not gm.dims[rows].allows(count - middle):
+    return _parts(gm, sample, [0, (count + 1) // 2, count]) if count > 1 else [sample]
+
+
+def _parts(gm: CapturedModule, sample: Sample, ends: Sequence[int]) -> list[Sample]:
+    """Return the rows of a sample from each end to the next; itself where the graph does not take so few."""
+    rows = _rows_of(gm)
+    slices = [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+    if rows is None or not all(gm.dims[rows].allows(part.stop - part.start) for part in slices):
         return [sample]
     leaves = gm.flatten_inputs(*sample.args, **dict(sample.kwargs))
-    halves = []
-    for part in (slice(0, middle), slice(middle, count)):
-        half = list(leaves)
+    found = []
+    for part in slices:
+        some = list(leaves)
         for place in _tensors(gm):
-            half[place] = leaves[place][part]
-        halves.append(sample.with_leaves(half))
-    return halves
+            some[place] = leaves[place][part]
+        found.append(sample.with_leaves(some))
+    return found
 
 
 def _rows_of(gm: CapturedModule) -> str | None:

@@ -19,7 +19,14 @@ from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.node_costs import NodeCosts
 from fxopt.passes.quantize.calibrate import Progress, calibrate
 from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
-from fxopt.passes.quantize.merged_rows import LeftOut, MergedRows, first_rows, halved_rows, merged_rows, row_count
+from fxopt.passes.quantize.merged_rows import (
+    LeftOut,
+    MergedRows,
+    first_rows,
+    halved_rows,
+    regrouped_rows,
+    row_count,
+)
 from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
 from fxopt.passes.quantize.sketch import ValueSketch
@@ -36,6 +43,7 @@ GAIN = 0.1
 _ROWS = 32  # of calibration inputs to learn from, and again to measure on
 _ROWS_TOGETHER = 16  # that calibration runs at once
 _BYTES = 2**30  # of all values of the graph for all of these; from there on half of the rows do
+_BYTES_TOGETHER = 2**25  # of one value in one run: malloc gets larger ones anew each time, which takes longer than sums
 _ASKING = ("view", "as_strided", "view_as", "view_as_real", "view_as_complex")  # refuse a layout that does not fit
 
 
@@ -94,7 +102,7 @@ class Trials:
         self.ledger: list[str] = []
         self._gm, self._data, self._merge = gm, data, merge
         self._scales = WeightScales(no_saturation=no_saturation)
-        rows, samples = _rows_to_try(gm), calibration_samples(gm, data)
+        (rows, self._together_at_most), samples = _rows_to_try(gm), calibration_samples(gm, data)
         held = list(first_rows(samples, rows))
         self._counted = len(held)
         self.more = next(samples, None) is not None
@@ -103,7 +111,10 @@ class Trials:
             held = halved_rows(gm, whole, rows)
             self.more |= sum(map(row_count, held)) < row_count(whole)
         middle = (len(held) + 1) // 2
-        learned, measured = (merged_rows(gm, part) if merge else part for part in (held[:middle], held[middle:]))
+        learned, measured = (
+            regrouped_rows(gm, part, self._together_at_most) if merge else part
+            for part in (held[:middle], held[middle:])
+        )
         self.items = [*learned, *measured]
         if _takes_any_layout(gm):
             self.items = [_channels_last(item) for item in self.items]
@@ -156,7 +167,7 @@ class Trials:
         return self._together(LeftOut(self._gm, self._data, (self._counted + 1) // 2, self._counted))
 
     def _together(self, data: Any) -> Any:
-        return MergedRows(self._gm, data, _ROWS_TOGETHER) if self._merge else data
+        return MergedRows(self._gm, data, min(_ROWS_TOGETHER, self._together_at_most)) if self._merge else data
 
     def seen_of(self, gm: CapturedModule) -> Mapping[str, ValueSketch]:
         """Return what is known of the values of a graph, by name."""
@@ -207,15 +218,18 @@ class Trials:
         return [self.items[item] for item in part]
 
 
-def _rows_to_try(gm: CapturedModule) -> int:
-    """Return how many rows to try on, half to learn from: fewer of what is large, which has many numbers of each kind.
+def _rows_to_try(gm: CapturedModule) -> tuple[int, int]:
+    """Return how many rows to try on, half to learn from, and how many of them to run at once.
 
-    A mean of a channel over 16 rows of an image or a text is close enough; one over 16 numbers is not.
+    Fewer of what is large, which has many numbers of each kind: a mean of a channel over 16 rows of an image or a text
+    is close enough; one over 16 numbers is not.
     """
     costs = NodeCosts(gm)
-    total = sum(costs.bytes(node) or 0 for node in gm.graph.nodes if node.op == "call_function")
+    sizes = [costs.bytes(node) or 0 for node in gm.graph.nodes if node.op == "call_function"]
     rows = row_count(gm.samples[0]) if gm.samples else 1
-    return max(_ROWS, min(2 * _ROWS, _BYTES * rows // max(total, 1)))
+    tried = _BYTES * rows // max(sum(sizes), 1)
+    together = _BYTES_TOGETHER * rows // max([*sizes, 1])
+    return max(_ROWS, min(2 * _ROWS, tried)), max(1, min(_ROWS, together))
 
 
 def _takes_any_layout(gm: CapturedModule) -> bool:

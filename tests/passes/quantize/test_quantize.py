@@ -12,7 +12,7 @@ from fxopt.export import coverage, to_onnx, validate
 from fxopt.numerics import measure
 from fxopt.passes import CorrectBias, EqualizeChannels, InsertQdq, Quantize, QuantPlan
 from fxopt.passes.quantize import recipe as recipe_module
-from fxopt.passes.quantize.merged_rows import MergedRows, first_rows, merged_rows
+from fxopt.passes.quantize.merged_rows import MergedRows, first_rows, merged_rows, regrouped_rows
 from fxopt.passes.quantize.quantize import PREPARATION
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.target import ORT_CPU
@@ -315,6 +315,16 @@ def test_single_rows_are_tried_together_where_the_graph_allows_it():
     others = [fxopt.Sample((IMAGES[:1],)), fxopt.Sample((IMAGES[:1, :, :4],))]
     free = fxopt.capture(awake(Residual()), (IMAGES,), dynamic_shapes={"image": {0: "batch", 2: "height"}})
     assert merged_rows(free, others) is others
+
+
+@pytest.mark.parametrize(("given", "most", "sizes"), [((1, 2, 4), 3, [3, 3, 1]), ((8,), 4, [4, 4]), ((2, 3), 9, [5])])
+def test_rows_are_regrouped_where_the_graph_allows_it(given, most, sizes):
+    samples = [fxopt.Sample((images,)) for images in IMAGES[: sum(given)].split(given)]
+    found = regrouped_rows(residual(), samples, most)
+    assert [len(sample.args[0]) for sample in found] == sizes
+    assert torch.equal(torch.cat([sample.args[0] for sample in found]), IMAGES[: sum(given)])
+    fixed = fxopt.capture(awake(Residual()), (IMAGES[:8],))
+    assert regrouped_rows(fixed, samples, most) == samples
 
 
 def test_the_last_of_the_first_rows_may_be_more():

@@ -158,11 +158,13 @@ def test_what_is_gathered_in_one_run_is_what_runs_by_node_give():
     torch.testing.assert_close(trials._want[0], outputs)
 
 
-@pytest.mark.parametrize(("size", "rows"), [(8, 64), (720, 64), (840, 47), (1024, 32), (2048, 32)])
-def test_fewer_rows_of_what_is_large(size, rows):
+@pytest.mark.parametrize(
+    ("size", "rows", "together"), [(8, 64, 32), (720, 64, 4), (840, 47, 2), (1024, 32, 2), (2048, 32, 1)]
+)
+def test_fewer_rows_of_what_is_large(size, rows, together):
     net, x = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU()), torch.zeros(2, 1, size, size)  # 32 * size**2 bytes a row
     gm = fxopt.capture(net.eval(), (x,), dynamic_shapes=({0: "batch"},), modes="current", verify=False)
-    assert _rows_to_try(gm) == rows
+    assert _rows_to_try(gm) == (rows, together)
 
 
 @pytest.mark.parametrize(("count", "sizes", "more"), [(1, [1], False), (7, [4, 3], False), (100, [32, 32], True)])
