@@ -36,6 +36,7 @@ from fxopt.quantized_ops import QUANTIZE
 
 __all__ = ["SaturationProof", "avoid_saturation", "can_overflow", "kernel_order", "pair_sums", "proof"]
 
+_SLACK = 1 - 1e-5  # for the rounding of the floats that tell which pairs may matter
 _SHARE = 64  # two magnitudes of at most this cannot overflow, whatever the activations
 
 
@@ -163,11 +164,13 @@ def avoid_saturation(
     sums = first + second
     most = 32767 // largest  # the same below zero: 32768 has no divisor with which that pair could overflow
     wrong = (sums > most) | (sums < -(32768 // largest))
-    magnitudes = torch.stack([side[wrong].detach().float().abs() for side in _pairs(weight, axis)])
-    end = torch.where(sums[wrong] > 0, float(limits[1]), float(-limits[0]))
     each = held.expand(len(guilty))
+    magnitudes = [side.detach().float().abs() for side in _pairs(weight, axis)]
+    decisive = wrong & _may_be_decisive(magnitudes, wrong, each, most, min(limits[1], -limits[0]))
+    end = torch.where(sums[decisive] > 0, float(limits[1]), float(-limits[0]))
+    pairs = torch.stack([side[decisive] for side in magnitudes])
     needed = torch.zeros(wrong.shape)
-    needed[wrong] = _smallest_scales(magnitudes, each.unsqueeze(1).expand(wrong.shape)[wrong], most, end)
+    needed[decisive] = _smallest_scales(pairs, each.unsqueeze(1).expand(wrong.shape)[decisive], most, end)
     raised = torch.maximum(each, needed.amax(1))
     raised = raised.amax().expand(1) if len(held) == 1 else raised
     assert not bool(can_overflow(_quantized(weight, raised, axis, limits), axis, groups=groups, largest=largest).any())
@@ -242,6 +245,28 @@ def _quantized(weight: torch.Tensor, scale: torch.Tensor, axis: int, limits: tup
     zero_point = torch.zeros(scale.shape, dtype=torch.int8)
     integers: torch.Tensor = QUANTIZE(weight.detach().float(), scale, zero_point, axis % weight.ndim, *limits)
     return integers
+
+
+def _may_be_decisive(
+    magnitudes: Sequence[torch.Tensor], wrong: torch.Tensor, scale: torch.Tensor, most: int, end: int
+) -> torch.Tensor:
+    """Return which pairs may need the largest scale of their channel, bool[channels, pairs].
+
+    Rounding moves two magnitudes by 1 step together at most: a pair fits with ``(a + b) / (most - 1)``, and does not
+    fit with less than ``(a + b) / (most + 1)`` unless one of the two saturates, which makes it smaller.
+
+    Args:
+        magnitudes: Of the first and of the second of each pair, f32[channels, pairs].
+        wrong: Those that do not fit with ``scale``.
+        scale: f32[channels].
+        most: The largest sum that fits.
+        end: Where an integer saturates.
+    """
+    first, second = magnitudes
+    total = torch.where(wrong, first + second, 0.0)
+    saturated = torch.maximum(first, second) > (end + 0.5) * scale[:, None]
+    largest = torch.where(saturated, 0.0, total).amax(1, keepdim=True)
+    return total >= largest * ((most - 1) / (most + 1) * _SLACK)
 
 
 def _smallest_scales(pairs: torch.Tensor, low: torch.Tensor, most: int, end: torch.Tensor) -> torch.Tensor:
