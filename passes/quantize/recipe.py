@@ -25,6 +25,7 @@ from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.float_results import results_for_floats
 from fxopt.passes.quantize.gptq import Gptq
 from fxopt.passes.quantize.no_gain import layers_without_gain
+from fxopt.passes.quantize.observations import ObservingPass
 from fxopt.passes.quantize.resolve import resolve
 from fxopt.passes.quantize.smooth_quant import SmoothQuant
 from fxopt.passes.quantize.spec import QuantPlan
@@ -116,7 +117,7 @@ class Search:
             slow = slow if best is tried else {}
         for item in _transformations(recipe, best.method):
             seen = trials.seen_of(best.gm)
-            changed = (dataclasses.replace(item, seen=seen) if isinstance(item, SplitOutliers) else item)(best.gm)
+            changed = (dataclasses.replace(item, seen=seen) if isinstance(item, ObservingPass) else item)(best.gm)
             if not changed.modified:
                 continue
             changed.gm.recompile()

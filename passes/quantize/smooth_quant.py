@@ -24,18 +24,19 @@ Language Models, ICML 2023, equation 4.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 
 from fxopt.args import arg, shape
 from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
-from fxopt.pass_base import Pass
+from fxopt.graph_module import CapturedModule
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.insert_qdq import refuse_quantized
 from fxopt.passes.quantize.integer_products import IntegerInput, matrix_product
+from fxopt.passes.quantize.observations import DrawnRows, Observations, ObservingPass
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.ranges import RangeMethod, choose_range, qparams
 from fxopt.passes.quantize.sketch import ValueSketch
@@ -44,7 +45,7 @@ from fxopt.passes.quantize.target import GENERIC
 from fxopt.passes.quantize.weights import channel_scales, weight_integers
 from fxopt.rewriter import Rewriter
 
-__all__ = ["ALPHAS", "SmoothQuant", "capped_factors", "product_errors", "smoothing_factors"]
+__all__ = ["ALPHAS", "SmoothQuant", "capped_factors", "product_errors", "smoothing_factors", "values_to_smooth"]
 
 aten = torch.ops.aten
 
@@ -54,12 +55,11 @@ ALPHAS = 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
 _LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 _GAIN = 0.95  # what is left of the error of a group, at most, for a search to change it
 _SAME = 1e-3  # factors this close to one another change nothing
-_EACH, _MOST = 64, 2048  # rows of a value that a search measures on
 _COARSE, _FINALISTS = 128, 3  # rows, and outputs of a layer, that it measures all factors on; how many it does on all
 
 
 @dataclasses.dataclass(frozen=True)
-class SmoothQuant(Pass):
+class SmoothQuant(ObservingPass):
     """Divide the inputs of linears by a factor for each channel, and multiply their weights by it.
 
     Runs on the float graph, before a plan is made for it.
@@ -69,6 +69,7 @@ class SmoothQuant(Pass):
             the least error of its quantized products, and leaves it alone if that is not by a twentieth better.
         insert_mul: Multiply in front of the linears where the factor cannot be folded into the norm.
         method: How the range of an activation will be chosen; for the search.
+        seen: See :class:`ObservingPass`; of use is what has extremes by channel and, for a search, rows.
     """
 
     name: ClassVar[str] = "smooth-quant"
@@ -96,18 +97,30 @@ class SmoothQuant(Pass):
         groups = {group.value: group for group in _groups(rw, self.insert_mul)}
         if not groups:
             return
-        names = [value.name for value in groups]
-        drawn = _DrawnRows(names if self.alpha is None else ())
-        along = dict.fromkeys(names, -1)
-        sketches = calibrate(rw.gm, names, calibration_of(rw.gm), channels=along, watch=drawn.watch)
+        seen = self._observed(rw.gm, [value.name for value in groups])
         for value in rw.nodes_of(rw.gm):
             if value in groups:
                 group, weights = groups[value], [_by_input(rw, site) for site in groups[value].readers]
-                factor = self._factor(sketches[value.name].channel_largest.double(), weights, drawn.of(value.name))
+                largest = seen.sketches[value.name].channel_largest.double()
+                factor = self._factor(largest, weights, seen.rows.get(value.name))
                 if factor is None:
                     rw.skip(value, "no alpha makes its products a twentieth better")
                 elif not torch.allclose(factor, torch.ones_like(factor), rtol=0, atol=_SAME):
                     _apply(rw, group, weights, factor)
+
+    def _observed(self, gm: CapturedModule, names: Sequence[str]) -> Observations:
+        searches = self.alpha is None
+        sketches = self.seen.by_channel(names) if self.seen is not None else {}
+        rows = dict(self.seen.rows) if self.seen is not None and searches else {}
+        left = [name for name in names if name not in sketches or (searches and name not in rows)]
+        if left:
+            drawn = DrawnRows(left if searches else ())
+            along = dict.fromkeys(left, -1)
+            sketches |= calibrate(
+                gm, left, calibration_of(gm), channels=along, watch=lambda _, node, value: drawn.add(node, value)
+            )
+            rows |= drawn.found()
+        return Observations(sketches, rows)
 
     def _factor(
         self, largest: torch.Tensor, weights: Sequence[torch.Tensor], rows: torch.Tensor | None
@@ -133,24 +146,13 @@ class _Group:
     norm: torch.fx.Node | None
 
 
-class _DrawnRows:
-    """Rows along the last axis of some values, drawn while a graph runs: a few of each row of each input."""
-
-    def __init__(self, names: Iterable[str]) -> None:
-        self._drawn: dict[str, list[torch.Tensor]] = {name: [] for name in names}
-        self._draw = torch.Generator().manual_seed(0)
-
-    def watch(self, item: int, node: torch.fx.Node, value: Any) -> None:
-        """See :func:`calibrate`."""
-        drawn = self._drawn.get(node.name)
-        if drawn is not None and sum(map(len, drawn)) < _MOST:
-            rows = value.reshape(-1, value.shape[-1])
-            drawn.append(rows[torch.randperm(len(rows), generator=self._draw)[: _EACH * len(value)]])
-
-    def of(self, name: str) -> torch.Tensor | None:
-        """Return those of one value, f32[rows, channels]; None if none were to be drawn."""
-        drawn = self._drawn.get(name)
-        return torch.cat(drawn) if drawn else None
+def values_to_smooth(gm: CapturedModule) -> set[str]:
+    """Return the values of whose channels and rows the pass asks for, by name, and maybe some more."""
+    return {
+        node.name
+        for node in gm.graph.nodes
+        if node.target is aten.layer_norm.default and any(user.target in _LINEAR for user in node.users)
+    }
 
 
 def smoothing_factors(largest: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ Source: Dettmers, Lewis, Belkada, Zettlemoyer: LLM.int8(), NeurIPS 2022, section
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -25,10 +25,9 @@ from fxopt.args import arg, shape
 from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.graph_module import CapturedModule
-from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
+from fxopt.passes.quantize.observations import ObservingPass
 from fxopt.passes.quantize.placement import Site, integer_sites
-from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.target import GENERIC
 from fxopt.rewriter import Rewriter
 
@@ -44,13 +43,13 @@ _POINTWISE = {
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitOutliers(Pass):
+class SplitOutliers(ObservingPass):
     """Take the channels that dwarf all others out of the integer products of linear layers.
 
     Attributes:
         most: How many channels of an activation may be taken out.
         ratio: By how much the range of the activation must shrink.
-        seen: What is known of values from an earlier run, with extremes by channel; the others are calibrated.
+        seen: See :class:`ObservingPass`; of use is what has extremes by channel.
     """
 
     name: ClassVar[str] = "split-outliers"
@@ -59,7 +58,6 @@ class SplitOutliers(Pass):
     evaluation_only: ClassVar[bool] = True
     most: int = 2
     ratio: float = 2.0
-    seen: Mapping[str, ValueSketch] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -78,7 +76,7 @@ class SplitOutliers(Pass):
         names = sorted({site.operands[0].name for site in sites})
         if not names:
             return
-        sketches = {name: sketch for name, sketch in (self.seen or {}).items() if sketch.axis is not None}
+        sketches = self.seen.by_channel(names) if self.seen is not None else {}
         if left := [name for name in names if name not in sketches]:
             sketches |= calibrate(rw.gm, left, calibration_of(rw.gm), channels=dict.fromkeys(left, -1))
         for site in sites:

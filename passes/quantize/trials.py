@@ -27,9 +27,11 @@ from fxopt.passes.quantize.merged_rows import (
     regrouped_rows,
     row_count,
 )
+from fxopt.passes.quantize.observations import DrawnRows, Observations
 from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
 from fxopt.passes.quantize.sketch import ValueSketch
+from fxopt.passes.quantize.smooth_quant import values_to_smooth
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import inputs_of_wide_layers
 from fxopt.passes.quantize.target import Target
@@ -145,19 +147,20 @@ class Trials:
         names, only = open_activations(plan), used_channels(gm, plan, self.target)
         if self._seen is not None and self._seen.covers(gm, names, only):
             return self._seen
-        means, outputs = ChannelMeans(gm, self.target), _Outputs(gm)
+        wide, smooth = inputs_of_wide_layers(gm), values_to_smooth(gm)  # for what is to be tried without another run
+        means, outputs, drawn = ChannelMeans(gm, self.target), _Outputs(gm), DrawnRows(smooth)
 
         def watch(item: int, node: torch.fx.Node, value: Any) -> None:
+            drawn.add(node, value)
             if item in self._learned:
                 means.add(node, value)
             if item in self._measured and not self._want:
                 outputs.add(item, node, value)
 
-        wide = inputs_of_wide_layers(gm)  # for outliers to be split off without another run
-        along = {name: -1 for name in names if name in wide and name not in only}
+        along = {name: -1 for name in names if name in wide | smooth and name not in only}
         sketches = calibrate(gm, names, self.items, only=only, channels=along, progress=progress, watch=watch)
         self._want = self._want or [outputs.of(item) for item in self._measured]
-        self._seen = _Seen(gm, sketches, only, means.found())
+        self._seen = _Seen(gm, sketches, only, means.found(), drawn.found())
         return self._seen
 
     def not_measured(self) -> Any:
@@ -169,9 +172,11 @@ class Trials:
     def _together(self, data: Any) -> Any:
         return MergedRows(self._gm, data, min(_ROWS_TOGETHER, self._together_at_most)) if self._merge else data
 
-    def seen_of(self, gm: CapturedModule) -> Mapping[str, ValueSketch]:
-        """Return what is known of the values of a graph, by name."""
-        return self._seen.sketches if self._seen is not None and self._seen.gm is gm else {}
+    def seen_of(self, gm: CapturedModule) -> Observations:
+        """Return what is known of the values of a graph."""
+        if self._seen is None or self._seen.gm is not gm:
+            return Observations()
+        return Observations(self._seen.sketches, self._seen.rows)
 
     def corrected(self, trial: Trial, label: str) -> Trial:
         """Measure a way without and with bias correction, and return the better of both."""
@@ -262,12 +267,13 @@ def _channels_last(sample: Sample) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What one run of a float graph told: sketches of values, of which channels, and means of layers' channels."""
+    """What one run of a float graph told: sketches of values, of which channels, means of layers' channels, rows."""
 
     gm: CapturedModule
     sketches: Mapping[str, ValueSketch]
     only: Mapping[str, torch.Tensor]
     means: Mapping[str, torch.Tensor]
+    rows: Mapping[str, torch.Tensor]
 
     def covers(self, gm: CapturedModule, names: Sequence[str], only: Mapping[str, torch.Tensor]) -> bool:
         """Return whether these values of a graph are among them, and each with the channels that count."""

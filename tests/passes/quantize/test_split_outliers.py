@@ -10,6 +10,7 @@ from fxopt.numerics import measure
 from fxopt.passes import Quantize, SplitOutliers
 from fxopt.passes.quantize import split_outliers
 from fxopt.passes.quantize.calibrate import calibrate
+from fxopt.passes.quantize.observations import Observations
 from fxopt.passes.quantize.quantize import PREPARATION
 from fxopt.passes.quantize.split_outliers import inputs_of_wide_layers, outlier_channels
 from fxopt.testing import check_pass
@@ -57,7 +58,7 @@ def test_what_was_seen_before_is_not_calibrated_again(monkeypatch):
     gm = prepared(Massive())
     names = inputs_of_wide_layers(gm)
     assert names == {"x", "gelu"}
-    seen = calibrate(gm, names, gm.samples, channels=dict.fromkeys(names, -1))
+    seen = Observations(calibrate(gm, names, gm.samples, channels=dict.fromkeys(names, -1)))
     want = SplitOutliers()(gm).gm
     monkeypatch.setattr(split_outliers, "calibrate", lambda *args, **options: pytest.fail("it was calibrated again"))
     found = SplitOutliers(seen=seen)(gm).gm

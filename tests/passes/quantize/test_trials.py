@@ -9,9 +9,10 @@ from torch import nn
 import fxopt
 from fxopt.errors import CalibrationError
 from fxopt.numerics import measure
-from fxopt.passes import Quantize
+from fxopt.passes import Quantize, SmoothQuant, SplitOutliers
 from fxopt.passes.quantize import recipe as recipe_module
 from fxopt.passes.quantize import resolve as resolve_module
+from fxopt.passes.quantize import smooth_quant, split_outliers
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.correct_bias import channel_means
 from fxopt.passes.quantize.quantize import PREPARATION
@@ -217,6 +218,35 @@ def test_another_plan_of_the_same_graph_needs_no_run():
     )
     trials.tried(gm.clone(), plan, ("minmax",), progress=seen)
     assert runs == [1, 2, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("item", "module"),
+    [
+        (SmoothQuant(alpha=None), smooth_quant),
+        (SmoothQuant(alpha=0.5), smooth_quant),
+        (SplitOutliers(), split_outliers),
+    ],
+)
+def test_what_one_run_saw_serves_the_passes_that_are_tried(item, module, monkeypatch):
+    tokens = torch.randn(40, 5, 64)
+    norm = nn.LayerNorm(64)
+    with torch.no_grad():
+        norm.weight[3] = 40.0
+    gm = prepared(nn.Sequential(norm, nn.Linear(64, 8)), x=tokens)
+    trials = Trials(gm, [(rows,) for rows in tokens.split(5)], ORT_CPU, no_saturation=True)
+    gm.calibration = trials.items
+    want = item(gm)
+    trials.tried(gm, Quantize(recipe="fast")._plan(gm), ("minmax",))
+    monkeypatch.setattr(module, "calibrate", lambda *args, **options: pytest.fail("it was calibrated again"))
+    found = dataclasses.replace(item, seen=trials.seen_of(gm))(gm)
+    assert found.modified
+    for changed in (want, found):
+        changed.gm.recompile()
+    assert torch.equal(found.gm(tokens), want.gm(tokens))
+    other = dataclasses.replace(item, seen=trials.seen_of(gm.clone()))
+    with pytest.raises(pytest.fail.Exception):
+        other(gm)
 
 
 class Viewed(nn.Module):
