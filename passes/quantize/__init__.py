@@ -4,6 +4,7 @@ from fxopt.pass_base import Pass
 from fxopt.passes.quantize.adaround import AdaRound
 from fxopt.passes.quantize.binarize import BinarizeWeights
 from fxopt.passes.quantize.codebook import CodebookWeights
+from fxopt.passes.quantize.compose_layers import ComposeLayers
 from fxopt.passes.quantize.convert_qat import ConvertQat
 from fxopt.passes.quantize.correct_bias import CorrectBias
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
@@ -23,6 +24,7 @@ PASSES: tuple[type[Pass], ...] = (
     AdaRound,
     BinarizeWeights,
     CodebookWeights,
+    ComposeLayers,
     ConvertQat,
     CorrectBias,
     EqualizeChannels,
@@ -43,6 +45,7 @@ __all__ = [
     "AdaRound",
     "BinarizeWeights",
     "CodebookWeights",
+    "ComposeLayers",
     "ConvertQat",
     "CorrectBias",
     "EqualizeChannels",

@@ -1,8 +1,9 @@
 """Try ways to quantize a graph on calibration inputs, and keep what helps.
 
     fast        the range method that was asked for, no trial
-    auto        range methods, bias correction, smoothing where layer norms feed the layers, floats for layers that
-                integers make no faster, and for results of convolutions that floats alone read
+    auto        range methods, bias correction, composition of layers with nothing between them, outliers of linear
+                layers split off, smoothing where layer norms feed them, floats for layers that integers make no faster,
+                and for results of convolutions that floats alone read
     accurate    besides, equalization of channels and learned rounding of weights
 
 How they are measured, and on what: :mod:`fxopt.passes.quantize.trials`. Scales come from all calibration inputs in the
@@ -21,6 +22,7 @@ from fxopt.graph_module import CapturedModule
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.adaround import AdaRound
 from fxopt.passes.quantize.calibrate import Progress
+from fxopt.passes.quantize.compose_layers import ComposeLayers
 from fxopt.passes.quantize.equalize_channels import EqualizeChannels
 from fxopt.passes.quantize.float_results import results_for_floats
 from fxopt.passes.quantize.gptq import Gptq
@@ -41,7 +43,7 @@ METHODS_TRIED = ("mse", "minmax")
 
 _PRECISE = 30.0  # dB from which on speed counts for more: the noise is a thousandth of the signal's power
 _FLOAT_GAIN = 1.0  # dB by which it must be better to leave layers out of the integers
-_CALL_GAIN = 0.5  # and to add calls to the graph, such as a multiplication of floats in front of layers
+_LONGER_GAIN = 0.5  # and for a graph that takes longer: of more calls, or of more products
 
 MakePlan = Callable[[CapturedModule, Sequence[str]], QuantPlan]
 """Makes the plan, without scales, of a graph, in which the named calls stay float."""
@@ -120,10 +122,12 @@ class Search:
             changed = (dataclasses.replace(item, seen=seen) if isinstance(item, ObservingPass) else item)(best.gm)
             if not changed.modified:
                 continue
+            if isinstance(item, ComposeLayers) and self._is_enough(best, item.spec()):
+                continue
             changed.gm.recompile()
             tried = trials.tried(changed.gm, make_plan(changed.gm, tuple(slow)), later, f"{item.spec()}, ")
-            gain = _CALL_GAIN if len(changed.gm.graph.nodes) > len(best.gm.graph.nodes) else GAIN
-            best = trials.better(best, tried, item.spec(), gain)
+            takes_longer = isinstance(item, ComposeLayers) or len(changed.gm.graph.nodes) > len(best.gm.graph.nodes)
+            best = trials.better(best, tried, item.spec(), _LONGER_GAIN if takes_longer else GAIN)
         best = self._with_float_results(best, trials)
         if recipe == "accurate":
             best = _rounded(best, trials)
@@ -131,12 +135,18 @@ class Search:
         notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
         return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
 
+    def _is_enough(self, best: Trial, name: str) -> bool:
+        """Return whether what takes longer would buy what nobody needs."""
+        if best.sqnr_db < _PRECISE:
+            return False
+        self.ledger.append(f"{name}: not tried, {best.sqnr_db:.1f} dB are enough")
+        return True
+
     def _with_float_results(self, best: Trial, trials: Trials) -> Trial:
         names = results_for_floats(best.gm, best.plan, self.target)
         if not names:
             return best
-        if best.sqnr_db >= _PRECISE:  # they take longer, and buy what nobody needs
-            self.ledger.append(f"float results of {', '.join(names)}: not tried, {best.sqnr_db:.1f} dB are enough")
+        if self._is_enough(best, f"float results of {', '.join(names)}"):
             return best
         fewer = dataclasses.replace(best, plan=best.plan.without(*names), asked=best.asked.without(*names))
         tried = trials.corrected(fewer, "float results")
@@ -144,6 +154,7 @@ class Search:
 
 
 def _transformations(recipe: Recipe, method: str) -> Iterator[Pass]:
+    yield ComposeLayers()
     yield SplitOutliers()
     yield SmoothQuant(alpha=None, insert_mul=True, method=method)
     if recipe == "accurate":
