@@ -13,13 +13,17 @@ read it are large loses most of its bits to its neighbours' scale; ``s`` moves t
                     equation 4.
 
 ``s`` is rounded to a power of two, by which floats are multiplied without error: the graph stays bit for bit the same.
-An upper limit such as that of relu6 lets no factor through; layers with one between them are left alone, unless
-``limits="inert"`` and no calibration input comes near the limit, before or after.
+
+An upper limit such as that of relu6 lets no factor through, and layers with one between them are left alone. With
+``limits="inert"`` they are not: the limit stays as it is, a channel that comes near it on some calibration input keeps
+its size, and others stay below it, before and after. On calibration inputs that is the same function; on others a
+channel may be cut off elsewhere, at no less than it reached there. The paper replaces relu6 by relu (section 5.1.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -29,6 +33,7 @@ from fxopt.args import shape
 from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
+from fxopt.limits import limits_of
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.layout import bias_of
@@ -46,6 +51,7 @@ _HOMOGENEOUS = {
     aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.clone.default, aten.contiguous.default,
 }  # fmt: skip
 _LARGEST_EXPONENT = 24
+_NEAR = 0.9  # of an upper limit: what comes so near on calibration inputs may reach it on others
 _SWEEPS = 20
 
 
@@ -57,11 +63,13 @@ class Junction:
         first: The layer in front.
         value: What the others read: its result, or what a relu or pool made of it.
         readers: The layers behind.
+        limit: What cuts the channels off on their way from above; infinite if nothing does.
     """
 
     first: Site
     value: torch.fx.Node
     readers: tuple[Site, ...]
+    limit: float = math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +79,33 @@ class EqualizeChannels(Pass):
     Attributes:
         alpha: How much of the difference of activations is moved into the weights, for ``by="activations"``.
         by: ``"weights"`` needs no data; ``"activations"`` measures on the calibration inputs.
+        limits: ``"kept"`` leaves layers alone with an upper limit between them; ``"inert"`` evens out the channels that
+            do not come near it, by ``"activations"``.
+        min_sqnr_db: For inert limits, signal to noise that every output must keep on the example inputs, in dB.
     """
 
     name: ClassVar[str] = "equalize-channels"
-    contract: ClassVar[Contract] = Contract.EXACT
     by: Literal["weights", "activations"] = "weights"
     alpha: float = 0.5
+    limits: Literal["kept", "inert"] = "kept"
+    min_sqnr_db: float = 40.0
 
     def __post_init__(self) -> None:
         """Check the options."""
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha}; wanted 0 to 1")
+        if self.limits == "inert" and self.by != "activations":
+            raise ValueError(f'limits="inert" asks what channels reach, and by is {self.by!r}; wanted by="activations"')
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]  # it depends on an option
+        """The same bits; with inert limits, another function of inputs that reach further than the calibration's."""
+        return Contract.EXACT if self.limits == "kept" else Contract.lossy("sqnr_db", self.min_sqnr_db)
 
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it, each on its own."""
         for module in graph_modules(rw.gm):
-            found = list(junctions(rw, module))
+            found = list(junctions(rw, module, limited=self.limits == "inert"))
             weights: dict[torch.fx.Node, torch.Tensor] = {}
             for junction in found:
                 for node in _constants(junction):
@@ -126,6 +145,8 @@ class EqualizeChannels(Pass):
         else:
             return False
         factor = power_of_two(wanted)
+        if junction.limit < math.inf:
+            factor = _within(factor, ranges[junction.value], _NEAR * junction.limit)
         if bool((factor == 1).all()):
             return False
         if junction.value in ranges:
@@ -143,15 +164,21 @@ def power_of_two(wanted: torch.Tensor) -> torch.Tensor:
     return torch.exp2(exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)).float()
 
 
-def junctions(rw: Rewriter, module: torch.fx.GraphModule) -> Iterator[Junction]:
-    """Yield the layers whose channels other layers, and nothing else, read one by one."""
+def _within(factor: torch.Tensor, largest: torch.Tensor, end: float) -> torch.Tensor:
+    """Return the factors, with which no channel gets past ``end``; 1 for those that are past it already."""
+    least = torch.exp2((largest / end).clamp_min(2.0**-_LARGEST_EXPONENT).log2().ceil())
+    return torch.where(largest > end, 1.0, torch.maximum(factor, least))
+
+
+def junctions(rw: Rewriter, module: torch.fx.GraphModule, *, limited: bool = False) -> Iterator[Junction]:
+    """Yield the layers whose channels other layers, and nothing else, read one by one; some behind an upper limit."""
     sites = {s.node: s for s in integer_sites(module.graph, GENERIC, {}) if s.is_layer}
     for site in sites.values():
-        value = _through_homogeneous(site.node)
+        value, limit = _through_homogeneous(site.node, limited=limited)
         readers = [sites.get(user) for user in value.users]
         if not readers or any(reader is None or not _reads_channels(reader, value, site) for reader in readers):
             continue
-        junction = Junction(site, value, tuple(reader for reader in readers if reader is not None))
+        junction = Junction(site, value, tuple(reader for reader in readers if reader is not None), limit)
         shared = [
             node for node in _constants(junction) if rw.readers(str(node.target), node.graph) > 1 or len(node.users) > 1
         ]
@@ -161,13 +188,19 @@ def junctions(rw: Rewriter, module: torch.fx.GraphModule) -> Iterator[Junction]:
             yield junction
 
 
-def _through_homogeneous(node: torch.fx.Node) -> torch.fx.Node:
+def _through_homogeneous(node: torch.fx.Node, *, limited: bool) -> tuple[torch.fx.Node, float]:
+    """Return the last of what lets a factor through behind a node, and the lowest upper limit on the way."""
+    limit = math.inf
     while len(node.users) == 1:
         (user,) = node.users
-        if user.target not in _HOMOGENEOUS or user.args[0] is not node:
+        ends = limits_of(user) if limited and user.target not in _HOMOGENEOUS else None
+        cuts_off = ends is not None and ends[0] == 0 and ends[1] is not None and ends[1] > 0
+        if not (user.target in _HOMOGENEOUS or cuts_off) or user.args[0] is not node:
             break
+        if ends is not None and ends[1] is not None:
+            limit = min(limit, ends[1])
         node = user
-    return node
+    return node, limit
 
 
 def _reads_channels(reader: Site, value: torch.fx.Node, first: Site) -> bool:

@@ -159,7 +159,7 @@ def _transformations(recipe: Recipe, method: str) -> Iterator[Pass]:
     yield SmoothQuant(alpha=None, insert_mul=True, method=method)
     if recipe == "accurate":
         yield EqualizeChannels(by="weights")
-        yield EqualizeChannels(by="activations")
+        yield EqualizeChannels(by="activations", limits="inert")
 
 
 def _rounded(best: Trial, trials: Trials) -> Trial:

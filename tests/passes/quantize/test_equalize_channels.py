@@ -1,0 +1,87 @@
+"""Channels evened out through relu6, whose limit none of them comes near."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxopt
+from fxopt.numerics import measure
+from fxopt.passes import EqualizeChannels, Quantize
+from fxopt.passes.quantize.equalize_channels import _within
+
+IMAGES = torch.randn(16, 3, 8, 8)
+SIZES = torch.logspace(-8, 0, 8, base=2)
+
+
+def limited(limit):
+    """Return a net whose channels in front of a limit of 6 are of very different sizes; the last ones reach it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), limit, nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    with torch.no_grad():
+        wanted = 12 * SIZES  # what each channel would reach without the limit
+        reached = net[0](IMAGES).amax((0, 2, 3))
+        net[0].weight.mul_((wanted / reached)[:, None, None, None])
+        net[0].bias.mul_(wanted / reached)
+        net[2].weight.div_(wanted[:, None, None, None])
+    gm = fxopt.capture(net.eval(), (IMAGES,))
+    gm.calibration = [(IMAGES,)]
+    return gm
+
+
+def reached(gm):
+    """Return what each channel of the first layer reaches, without the limit."""
+    return (
+        nn.functional.conv2d(IMAGES, gm.get_parameter("0.weight"), gm.get_parameter("0.bias")).detach().amax((0, 2, 3))
+    )
+
+
+def even(gm, **options):
+    result = EqualizeChannels(by="activations", alpha=1.0, **options)(gm)
+    result.gm.recompile()
+    return result.gm
+
+
+@pytest.mark.parametrize("limit", [nn.ReLU6(), nn.Hardtanh(0.0, 6.0)])
+def test_channels_below_a_limit_are_evened_out_and_stay_below_it(limit):
+    gm = limited(limit)
+    kept, inert = even(gm), even(gm, limits="inert")
+    assert torch.equal(reached(kept), reached(gm))
+    before, after = reached(gm), reached(inert)
+    near = before > 0.9 * 6
+    assert 1 <= int(near.sum()) < 8
+    assert torch.equal(after[near], before[near])  # where the limit cuts off it does so as before
+    assert float(after[~near].max()) <= 0.9 * 6
+    assert float(after[~near].min()) > 4 * float(before[~near].min())
+    assert torch.equal(inert(IMAGES), gm(IMAGES))
+
+
+def test_it_brings_something_in_eight_bits():
+    gm = limited(nn.ReLU6())
+    small, other = (
+        fxopt.optimize(each, [Quantize(recipe="fast")], strict=True) for each in (even(gm), even(gm, limits="inert"))
+    )
+    want = gm(IMAGES)
+    assert measure(want, other(IMAGES)).sqnr_db > measure(want, small(IMAGES)).sqnr_db + 2
+
+
+def test_a_limit_of_another_kind_stops_a_factor():
+    gm = limited(nn.Hardtanh(-1.0, 6.0))
+    assert torch.equal(reached(even(gm, limits="inert")), reached(gm))
+
+
+def test_the_promise_depends_on_the_option():
+    assert EqualizeChannels(by="activations").contract.kind == "EXACT"
+    inert = EqualizeChannels(by="activations", limits="inert", min_sqnr_db=50.0)
+    assert inert.contract.floors == (("sqnr_db", 50.0),)
+    out = fxopt.optimize(limited(nn.ReLU6()), [inert], calibration=[(IMAGES,)], strict=True)
+    assert out.report.steps[0].status == "changed"
+
+
+def test_what_channels_reach_is_known_from_data_alone():
+    with pytest.raises(ValueError, match="what channels reach, and by is 'weights'"):
+        EqualizeChannels(limits="inert")
+
+
+def test_factors_within_a_limit():
+    largest, wanted = torch.tensor([8.0, 3.0, 1.0, 0.0, 1.0]), torch.tensor([0.25, 0.25, 0.25, 0.5, 4.0])
+    assert _within(wanted, largest, 4.0).tolist() == [1.0, 1.0, 0.25, 0.5, 4.0]
