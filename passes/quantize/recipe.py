@@ -1,10 +1,10 @@
 """Try ways to quantize a graph on calibration inputs, and keep what helps.
 
     fast        the range method that was asked for, no trial
-    auto        range methods, bias correction, composition of layers with nothing between them, outliers of linear
-                layers split off, smoothing where layer norms feed them, floats for layers that integers make no faster,
-                and for results of convolutions that floats alone read
-    accurate    besides, equalization of channels and learned rounding of weights
+    auto        range methods, bias correction, floats for layers that integers make no faster, outliers of linear
+                layers split off, smoothing where layer norms feed them; below 30 dB also composition of layers with
+                nothing between them, floats for results of convolutions that floats alone read, and channels evened out
+    accurate    besides, channels evened out by weights alone, and learned rounding of weights
 
 How they are measured, and on what: :mod:`fxopt.passes.quantize.trials`. Scales come from all calibration inputs in the
 end.
@@ -44,6 +44,7 @@ METHODS_TRIED = ("mse", "minmax")
 _PRECISE = 30.0  # dB from which on speed counts for more: the noise is a thousandth of the signal's power
 _FLOAT_GAIN = 1.0  # dB by which it must be better to leave layers out of the integers
 _LONGER_GAIN = 0.5  # and for a graph that takes longer: of more calls, or of more products
+_FOR_MORE = (ComposeLayers, EqualizeChannels)  # tried below that precision alone
 
 MakePlan = Callable[[CapturedModule, Sequence[str]], QuantPlan]
 """Makes the plan, without scales, of a graph, in which the named calls stay float."""
@@ -117,26 +118,39 @@ class Search:
             tried = trials.tried(self.gm, make_plan(self.gm, tuple(slow)), later, "floats, ")
             best = trials.better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
             slow = slow if best is tried else {}
-        for item in _transformations(recipe, best.method):
-            seen = trials.seen_of(best.gm)
-            changed = (dataclasses.replace(item, seen=seen) if isinstance(item, ObservingPass) else item)(best.gm)
-            if not changed.modified:
-                continue
-            if isinstance(item, ComposeLayers) and self._is_enough(best, item.spec()):
-                continue
-            changed.gm.recompile()
-            tried = trials.tried(changed.gm, make_plan(changed.gm, tuple(slow)), later, f"{item.spec()}, ")
-            takes_longer = isinstance(item, ComposeLayers) or len(changed.gm.graph.nodes) > len(best.gm.graph.nodes)
-            best = trials.better(best, tried, item.spec(), _LONGER_GAIN if takes_longer else GAIN)
+        for item in _transformations(best.method):
+            best = self._with(item, best, trials, lambda gm: make_plan(gm, tuple(slow)), later)
+        rounded = best.plan
         best = self._with_float_results(best, trials)
+        floats = tuple(name for name in rounded if name not in best.plan)
+        for item in _equalizations(recipe):
+            best = self._with(item, best, trials, lambda gm: make_plan(gm, tuple(slow)).without(*floats), later)
         if recipe == "accurate":
             best = _rounded(best, trials)
         best = trials.with_all(best, self.progress, self.checkpoint)
         notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
         return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
 
+    def _with(
+        self,
+        item: Pass,
+        best: Trial,
+        trials: Trials,
+        plan_of: Callable[[CapturedModule], QuantPlan],
+        methods: Sequence[str],
+    ) -> Trial:
+        """Return the better of a way and of the same with the graph transformed."""
+        seen = trials.seen_of(best.gm)
+        changed = (dataclasses.replace(item, seen=seen) if isinstance(item, ObservingPass) else item)(best.gm)
+        if not changed.modified or (isinstance(item, _FOR_MORE) and self._is_enough(best, item.spec())):
+            return best
+        changed.gm.recompile()
+        tried = trials.tried(changed.gm, plan_of(changed.gm), methods, f"{item.spec()}, ")
+        takes_longer = isinstance(item, ComposeLayers) or len(changed.gm.graph.nodes) > len(best.gm.graph.nodes)
+        return trials.better(best, tried, item.spec(), _LONGER_GAIN if takes_longer else GAIN)
+
     def _is_enough(self, best: Trial, name: str) -> bool:
-        """Return whether what takes longer would buy what nobody needs."""
+        """Return whether more precision is what nobody needs."""
         if best.sqnr_db < _PRECISE:
             return False
         self.ledger.append(f"{name}: not tried, {best.sqnr_db:.1f} dB are enough")
@@ -153,13 +167,13 @@ class Search:
         return trials.better(best, tried, f"float results of {', '.join(names)}", _FLOAT_GAIN)
 
 
-def _transformations(recipe: Recipe, method: str) -> Iterator[Pass]:
-    yield ComposeLayers()
-    yield SplitOutliers()
-    yield SmoothQuant(alpha=None, insert_mul=True, method=method)
-    if recipe == "accurate":
-        yield EqualizeChannels(by="weights")
-        yield EqualizeChannels(by="activations", limits="inert")
+def _transformations(method: str) -> Sequence[Pass]:
+    return ComposeLayers(), SplitOutliers(), SmoothQuant(alpha=None, insert_mul=True, method=method)
+
+
+def _equalizations(recipe: Recipe) -> Sequence[Pass]:
+    by_activations = EqualizeChannels(by="activations", limits="inert")
+    return (by_activations, EqualizeChannels(by="weights")) if recipe == "accurate" else (by_activations,)
 
 
 def _rounded(best: Trial, trials: Trials) -> Trial:

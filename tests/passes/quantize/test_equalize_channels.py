@@ -13,12 +13,12 @@ IMAGES = torch.randn(16, 3, 8, 8)
 SIZES = torch.logspace(-8, 0, 8, base=2)
 
 
-def limited(limit):
+def limited(limit, sizes=SIZES):
     """Return a net whose channels in front of a limit of 6 are of very different sizes; the last ones reach it."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), limit, nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     with torch.no_grad():
-        wanted = 12 * SIZES  # what each channel would reach without the limit
+        wanted = 12 * sizes  # what each channel would reach without the limit
         reached = net[0](IMAGES).amax((0, 2, 3))
         net[0].weight.mul_((wanted / reached)[:, None, None, None])
         net[0].bias.mul_(wanted / reached)
@@ -85,3 +85,12 @@ def test_what_channels_reach_is_known_from_data_alone():
 def test_factors_within_a_limit():
     largest, wanted = torch.tensor([8.0, 3.0, 1.0, 0.0, 1.0]), torch.tensor([0.25, 0.25, 0.25, 0.5, 4.0])
     assert _within(wanted, largest, 4.0).tolist() == [1.0, 1.0, 0.25, 0.5, 4.0]
+
+
+def test_the_recipe_evens_out_what_eight_bits_cannot_hold():
+    gm = limited(nn.ReLU6(), torch.logspace(-14, 0, 8, base=2))
+    small = fxopt.optimize(gm, [Quantize()], calibration=[(IMAGES,)] * 4, strict=True)
+    plain = fxopt.optimize(gm, [Quantize(recipe="fast")], calibration=[(IMAGES,)] * 4, strict=True)
+    (note,) = [note for note in small.report.steps[0].notes if note.startswith("equalize") and "kept" in note]
+    assert note.endswith(", kept")
+    assert measure(gm(IMAGES), small(IMAGES)).sqnr_db > measure(gm(IMAGES), plain(IMAGES)).sqnr_db + 5
