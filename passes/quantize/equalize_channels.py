@@ -23,7 +23,6 @@ channel may be cut off elsewhere, at no less than it reached there. The paper re
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -63,13 +62,13 @@ class Junction:
         first: The layer in front.
         value: What the others read: its result, or what a relu or pool made of it.
         readers: The layers behind.
-        limit: What cuts the channels off on their way from above; infinite if nothing does.
+        limit: What cuts the channels off from above on their way, if anything does.
     """
 
     first: Site
     value: torch.fx.Node
     readers: tuple[Site, ...]
-    limit: float = math.inf
+    limit: torch.fx.Node | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,10 +123,11 @@ class EqualizeChannels(Pass):
     def _activation_ranges(self, rw: Rewriter, found: list[Junction]) -> dict[torch.fx.Node, torch.Tensor]:
         if self.by == "weights" or not found:
             return {}
-        names = {rw.site_name(j.value): j for j in found}
-        axes = {name: j.first.channel_axis for name, j in names.items()}
-        sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=axes)
-        return {names[name].value: sketch.channel_largest for name, sketch in sketches.items() if sketch.count}
+        axes = {node: j.first.channel_axis for j in found for node in (j.value, j.limit) if node is not None}
+        names = {rw.site_name(node): node for node in axes}
+        channels = {name: axes[node] for name, node in names.items()}
+        sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=channels)
+        return {names[name]: sketch.channel_largest for name, sketch in sketches.items() if sketch.count}
 
     def _equalize(
         self,
@@ -145,12 +145,13 @@ class EqualizeChannels(Pass):
         else:
             return False
         factor = power_of_two(wanted)
-        if junction.limit < math.inf:
-            factor = _within(factor, ranges[junction.value], _NEAR * junction.limit)
+        if junction.limit is not None:
+            factor = _within(factor, ranges[junction.limit], _NEAR * _end_of(junction.limit))
         if bool((factor == 1).all()):
             return False
-        if junction.value in ranges:
-            ranges[junction.value] = ranges[junction.value] / factor
+        for node in {junction.value, junction.limit}:
+            if node is not None and node in ranges:
+                ranges[node] = ranges[node] / factor
         _divide_outputs(junction.first, weights, factor)
         for site in junction.readers:
             weights[_weight(site)] = _times_inputs(site, weights[_weight(site)], factor)
@@ -188,19 +189,24 @@ def junctions(rw: Rewriter, module: torch.fx.GraphModule, *, limited: bool = Fal
             yield junction
 
 
-def _through_homogeneous(node: torch.fx.Node, *, limited: bool) -> tuple[torch.fx.Node, float]:
-    """Return the last of what lets a factor through behind a node, and the lowest upper limit on the way."""
-    limit = math.inf
+def _through_homogeneous(node: torch.fx.Node, *, limited: bool) -> tuple[torch.fx.Node, torch.fx.Node | None]:
+    """Return the last of what lets a factor through behind a node, and the one limit that may be on the way."""
+    limit = None
     while len(node.users) == 1:
         (user,) = node.users
-        ends = limits_of(user) if limited and user.target not in _HOMOGENEOUS else None
-        cuts_off = ends is not None and ends[0] == 0 and ends[1] is not None and ends[1] > 0
+        cuts_off = limited and limit is None and _end_of(user) > 0
         if not (user.target in _HOMOGENEOUS or cuts_off) or user.args[0] is not node:
             break
-        if ends is not None and ends[1] is not None:
-            limit = min(limit, ends[1])
+        if user.target not in _HOMOGENEOUS:
+            limit = user
         node = user
     return node, limit
+
+
+def _end_of(node: torch.fx.Node) -> float:
+    """Return where a limit that lets nothing below 0 through cuts off from above; 0 for other calls."""
+    low, high = limits_of(node) or (None, None)
+    return high if low == 0 and high is not None else 0.0
 
 
 def _reads_channels(reader: Site, value: torch.fx.Node, first: Site) -> bool:

@@ -140,14 +140,21 @@ class Search:
         methods: Sequence[str],
     ) -> Trial:
         """Return the better of a way and of the same with the graph transformed."""
-        seen = trials.seen_of(best.gm)
-        changed = (dataclasses.replace(item, seen=seen) if isinstance(item, ObservingPass) else item)(best.gm)
-        if not changed.modified or (isinstance(item, _FOR_MORE) and self._is_enough(best, item.spec())):
+        name = item.spec()
+        if isinstance(item, _FOR_MORE) and self._is_enough(best, name):
+            return best
+        if isinstance(item, ObservingPass):
+            item = dataclasses.replace(item, seen=trials.seen_of(best.gm))
+        if isinstance(item, EqualizeChannels):  # what no calibration input reaches is not for a few of them to tell
+            best.gm.calibration = trials.everything()
+        changed = item(best.gm)
+        best.gm.calibration = changed.gm.calibration = trials.items
+        if not changed.modified:
             return best
         changed.gm.recompile()
-        tried = trials.tried(changed.gm, plan_of(changed.gm), methods, f"{item.spec()}, ")
+        tried = trials.tried(changed.gm, plan_of(changed.gm), methods, f"{name}, ")
         takes_longer = isinstance(item, ComposeLayers) or len(changed.gm.graph.nodes) > len(best.gm.graph.nodes)
-        return trials.better(best, tried, item.spec(), _LONGER_GAIN if takes_longer else GAIN)
+        return trials.better(best, tried, name, _LONGER_GAIN if takes_longer else GAIN)
 
     def _is_enough(self, best: Trial, name: str) -> bool:
         """Return whether more precision is what nobody needs."""

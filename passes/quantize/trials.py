@@ -169,6 +169,10 @@ class Trials:
             return self._together(LeftOut(self._gm, self._data, 0, 1, instead=self._samples(self._learned)))
         return self._together(LeftOut(self._gm, self._data, (self._counted + 1) // 2, self._counted))
 
+    def everything(self) -> Any:
+        """Return all calibration inputs."""
+        return self._together(self._data) if self.more else self.items
+
     def _together(self, data: Any) -> Any:
         return MergedRows(self._gm, data, min(_ROWS_TOGETHER, self._together_at_most)) if self._merge else data
 
@@ -202,7 +206,7 @@ class Trials:
             return best
         weights = {name: spec for name, spec in best.plan.items() if spec.role == "weight"}
         plan = best.asked.with_specs(weights)  # a rounding that was learned holds for its scale alone
-        best.gm.calibration = self._together(self._data)
+        best.gm.calibration = self.everything()
         (found,) = resolve(
             best.gm,
             plan,

@@ -28,11 +28,14 @@ def limited(limit, sizes=SIZES):
     return gm
 
 
+def first(gm):
+    """Return what the first layer yields."""
+    return nn.functional.conv2d(IMAGES, gm.get_parameter("0.weight"), gm.get_parameter("0.bias")).detach()
+
+
 def reached(gm):
     """Return what each channel of the first layer reaches, without the limit."""
-    return (
-        nn.functional.conv2d(IMAGES, gm.get_parameter("0.weight"), gm.get_parameter("0.bias")).detach().amax((0, 2, 3))
-    )
+    return first(gm).amax((0, 2, 3))
 
 
 def even(gm, **options):
@@ -62,6 +65,17 @@ def test_it_brings_something_in_eight_bits():
     )
     want = gm(IMAGES)
     assert measure(want, other(IMAGES)).sqnr_db > measure(want, small(IMAGES)).sqnr_db + 2
+
+
+def test_a_channel_that_an_average_hides_at_the_limit_keeps_its_size():
+    gm = limited(nn.Sequential(nn.ReLU6(), nn.AvgPool2d(2)))
+    pooled = nn.functional.avg_pool2d(nn.functional.relu6(first(gm)), 2).amax((0, 2, 3))
+    at_limit = reached(gm) >= 6
+    assert float(pooled[at_limit].min()) < 0.9 * 6
+    inert = even(gm, limits="inert")
+    assert torch.equal(reached(inert)[at_limit], reached(gm)[at_limit])
+    assert not torch.equal(reached(inert), reached(gm))
+    assert torch.equal(inert(IMAGES), gm(IMAGES))
 
 
 def test_a_limit_of_another_kind_stops_a_factor():
@@ -94,3 +108,12 @@ def test_the_recipe_evens_out_what_eight_bits_cannot_hold():
     (note,) = [note for note in small.report.steps[0].notes if note.startswith("equalize") and "kept" in note]
     assert note.endswith(", kept")
     assert measure(gm(IMAGES), small(IMAGES)).sqnr_db > measure(gm(IMAGES), plain(IMAGES)).sqnr_db + 5
+
+
+def test_the_recipe_asks_all_inputs_what_comes_near_a_limit():
+    gm = limited(nn.ReLU6(), torch.logspace(-14, 0, 8, base=2))
+    late = [(IMAGES,)] * 8 + [(64 * IMAGES,)]
+    small = fxopt.optimize(gm, [Quantize(min_sqnr_db=-99)], calibration=late, strict=True)
+    unlike = fxopt.optimize(gm, [Quantize(min_sqnr_db=-99)], calibration=late[:8], strict=True)
+    large = 64 * IMAGES
+    assert measure(gm(large), small(large)).sqnr_db > measure(gm(large), unlike(large)).sqnr_db + 10
