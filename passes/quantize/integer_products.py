@@ -5,6 +5,10 @@
 oneDNN, which comes with torch, has them for Inductor, and with VNNI they take a third of the time of floats. A
 processor without it adds pairs of products in 16 bits, where the largest integers saturate. One product of these tells,
 and where it is wrong, or the operators are missing, trials multiply floats.
+
+Of a few kinds oneDNN computes something else, such as some dilated windows of one channel, and windows that lie in the
+padding altogether. So the first row of each new kind of product is held against floats, and a kind that differs is left
+to them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from fxopt.args import arg, shape
 from fxopt.passes.quantize.placement import Site
@@ -30,8 +35,12 @@ _AXES: dict[Any, int] = {
     aten.conv1d.default: 1,
     aten.conv2d.default: 2,
 }  # along which a weight slides
+_LEAST_TERMS = 2  # with one, neither oneDNN nor torch's own product of matrices is right
 _MOST_TERMS = 2**31 // (255 * 128)  # of a sum that 32 bits hold, whatever the integers
 _FLOATS = 1.0, 0, torch.float32
+_CLOSE = 1e-3  # of the largest number: floats round, and what is wrong is far off
+_right: dict[Any, bool] = {}  # kinds of products: whether they were
+
 _NOTHING_BEHIND: tuple[Any, ...] = ("none", [], "")
 
 
@@ -93,13 +102,13 @@ class IntegerProduct:
         windows: tuple[list[int], list[int], list[int], int] | None = None,
     ) -> None:
         self.inputs, self._bias, self._windows = inputs, bias, windows or ()
-        weight = weight.contiguous()  # whose strides oneDNN takes for granted
+        self._weight = weight.contiguous()  # oneDNN takes its strides for granted
         self._scale = scale.expand(len(weight)).contiguous()
         self._zeros = torch.zeros(len(weight), dtype=torch.int64)
         if windows is None:
-            self._packed, self._product = _onednn("qlinear_prepack")(weight, None), _onednn("qlinear_pointwise")
+            self._packed, self._product = _onednn("qlinear_prepack")(self._weight, None), _onednn("qlinear_pointwise")
         else:
-            held = weight, self._scale, inputs.scale, inputs.zero_point, *windows
+            held = self._weight, self._scale, inputs.scale, inputs.zero_point, *windows
             self._packed, self._product = _onednn("qconv_prepack")(*held), _onednn("qconv_pointwise")
 
     def __call__(
@@ -113,10 +122,36 @@ class IntegerProduct:
             result: What the product becomes, u8; it stays f32 if None.
         """
         bias = shift if self._bias is None else self._bias if shift is None else self._bias + shift
+        kind = self._kind(integers, result)
+        if not _right.get(kind, True):
+            return self._in_floats(integers, bias, result)
         quantized = integers, self.inputs.scale, self.inputs.zero_point, self._packed, self._scale, self._zeros
         becomes = _FLOATS if result is None else (result.scale, result.zero_point, torch.uint8)
         found: torch.Tensor = self._product(*quantized, bias, *self._windows, *becomes, *_NOTHING_BEHIND)
+        if kind not in _right and len(integers):
+            _right[kind] = _is_close(found[:1], self._in_floats(integers[:1], bias, result))
+            return self(integers, shift, result)
         return found
+
+    def _kind(self, integers: torch.Tensor, result: IntegerInput | None) -> Any:
+        """Return what oneDNN's choice of code may depend on."""
+        windows = tuple(map(str, self._windows))
+        offset = self.inputs.zero_point == 0, self._bias is None, result is None or result.zero_point == 0
+        return *offset, result is None, windows, self._weight.shape, integers.shape, integers.stride()
+
+    def _in_floats(
+        self, integers: torch.Tensor, bias: torch.Tensor | None, result: IntegerInput | None
+    ) -> torch.Tensor:
+        axes = [1] * (self._weight.ndim - 1)
+        x, weight = self.inputs.floats(integers), self._weight * self._scale.reshape(-1, *axes)
+        found = F.conv2d(x, weight, bias, *self._windows) if self._windows else F.linear(x, weight, bias)
+        return found if result is None else result.integers(found)
+
+
+def _is_close(found: torch.Tensor, want: torch.Tensor) -> bool:
+    if want.dtype == torch.uint8:
+        return int((found.int() - want.int()).abs().max()) <= 1
+    return float((found - want).abs().max()) <= _CLOSE * float(want.abs().max())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +194,20 @@ def integer_layer(
     quantized = IntegerInput.of(inputs)
     if site.node.target not in _AXES or quantized is None or integers.dtype != torch.int8 or any(weight.zero_point):
         return None
-    if integers[0].numel() > _MOST_TERMS or integers.device.type != "cpu" or not integer_products_work():
+    if (
+        not _LEAST_TERMS <= integers[0].numel() <= _MOST_TERMS
+        or integers.device.type != "cpu"
+        or not integer_products_work()
+    ):
         return None
     axes, dims = _AXES[site.node.target], len(shape(site.node))
     if (dims != axes + 2) if axes else (dims < 2):  # one image, or row, without others beside it
         return None
     held = integers.unsqueeze(2) if axes == 1 else integers
-    scale, _ = parameters_of(weight)
-    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, _windows(site) if axes else None), axes)
+    windows, (scale, _) = _windows(site) if axes else None, parameters_of(weight)
+    if windows is not None and _see_padding_alone(held, windows):
+        return None
+    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes)
 
 
 def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -174,7 +215,7 @@ def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tenso
 
     For a weight that is multiplied once, which is not worth packing.
     """
-    if not integer_products_work() or rows.shape[1] > _MOST_TERMS:
+    if not integer_products_work() or not _LEAST_TERMS <= rows.shape[1] <= _MOST_TERMS:
         floats: torch.Tensor = inputs.floats(rows) @ (weight * scale[:, None]).t()
         return floats
     sums = torch._int_mm(rows.bitwise_xor(128).view(torch.int8), weight.t())  # of rows less 128
@@ -206,6 +247,13 @@ def _onednn(name: str) -> Any:
 def _windows(site: Site) -> tuple[list[int], list[int], list[int], int]:
     stride, padding, dilation = (list(arg(site.node, name)) for name in ("stride", "padding", "dilation"))
     return _of_two(stride, 1), _of_two(padding, 0), _of_two(dilation, 1), site.groups
+
+
+def _see_padding_alone(weight: torch.Tensor, windows: tuple[list[int], list[int], list[int], int]) -> bool:
+    """Return whether a window lies in the padding altogether, of which oneDNN takes sums that nobody computed."""
+    _, paddings, dilations, _ = windows
+    extents = zip(weight.shape[2:], paddings, dilations, strict=True)
+    return any(padding > dilation * (kernel - 1) for kernel, padding, dilation in extents)
 
 
 def _of_two(numbers: Sequence[int], other: int) -> list[int]:
