@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import linecache
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "shape_text",
     "source_line",
     "source_location",
+    "spread",
     "tensor_arg",
     "value",
 ]
@@ -92,6 +94,13 @@ def tensor_arg(node: torch.fx.Node, name: str) -> torch.fx.Node:
     if not isinstance(found, torch.fx.Node):
         raise TypeError(f"argument {name!r} of {node.name} is {found!r}, not the value of a node")
     return found
+
+
+def spread(numbers: int | Sequence[int], count: int) -> list[int]:
+    """Return one number for each of ``count`` axes, which operators let a single number stand for."""
+    if isinstance(numbers, int):
+        return [numbers] * count
+    return [int(number) for number in numbers] * (count if len(numbers) == 1 else 1)
 
 
 def value(node: torch.fx.Node) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxopt.args import spread
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.sizes import Size
@@ -15,13 +16,6 @@ from fxopt.export.translations.quantized import is_quantized
 
 aten = torch.ops.aten
 Pair = int | Sequence[int]
-
-
-def spread(value: Pair, count: int) -> list[int]:
-    """Return one number for each of ``count`` spatial axes."""
-    if isinstance(value, int):
-        return [value] * count
-    return [int(item) for item in value] * (count if len(value) == 1 else 1)
 
 
 def batched(emit: Emitter, x: Value, spatial: int, run: Callable[[Value], Value]) -> Value:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from fxopt.args import spread
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank
 from fxopt.export.registry import NotTranslated, Refused, translates
 from fxopt.export.sizes import Size, product
-from fxopt.export.translations.convolution import Pair, batched, spread
+from fxopt.export.translations.convolution import Pair, batched
 from fxopt.export.translations.pad import pad_value
 from fxopt.export.translations.quantized import is_quantized
 from fxopt.export.translations.reduce import LONG_SUM, reduced

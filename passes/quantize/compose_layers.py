@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxopt.args import arg, shape
+from fxopt.args import arg, shape, spread
 from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.layer_weights import weights_of, weights_refusal
@@ -83,9 +83,7 @@ def _is_matrix(layer: torch.fx.Node) -> bool:
 
 def _each(layer: torch.fx.Node, name: str) -> list[int]:
     """Return an argument of a convolution as a number for each axis."""
-    axes = len(shape(arg(layer, "weight"))) - 2
-    held = list(arg(layer, name))
-    return held * axes if len(held) == 1 else held
+    return spread(arg(layer, name), len(shape(arg(layer, "weight"))) - 2)
 
 
 def _products(first: torch.fx.Node, second: torch.fx.Node) -> float:

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fxopt.args import arg, shape
+from fxopt.args import arg, shape, spread
 from fxopt.passes.quantize.placement import Site
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import parameters_of
@@ -204,7 +203,7 @@ def integer_layer(
     if (dims != axes + 2) if axes else (dims < 2):  # one image, or row, without others beside it
         return None
     held = integers.unsqueeze(2) if axes == 1 else integers
-    windows, (scale, _) = _windows(site) if axes else None, parameters_of(weight)
+    windows, (scale, _) = _windows(site, axes) if axes else None, parameters_of(weight)
     if windows is not None and _see_padding_alone(held, windows):
         return None
     return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes)
@@ -244,9 +243,11 @@ def _onednn(name: str) -> Any:
     return getattr(torch.ops.onednn, name)
 
 
-def _windows(site: Site) -> tuple[list[int], list[int], list[int], int]:
-    stride, padding, dilation = (list(arg(site.node, name)) for name in ("stride", "padding", "dilation"))
-    return _of_two(stride, 1), _of_two(padding, 0), _of_two(dilation, 1), site.groups
+def _windows(site: Site, axes: int) -> tuple[list[int], list[int], list[int], int]:
+    """Return them along two axes; a weight that slides along one alone has a height of 1."""
+    names = (("stride", 1), ("padding", 0), ("dilation", 1))
+    stride, padding, dilation = ([still] * (2 - axes) + spread(arg(site.node, name), axes) for name, still in names)
+    return stride, padding, dilation, site.groups
 
 
 def _see_padding_alone(weight: torch.Tensor, windows: tuple[list[int], list[int], list[int], int]) -> bool:
@@ -254,8 +255,3 @@ def _see_padding_alone(weight: torch.Tensor, windows: tuple[list[int], list[int]
     _, paddings, dilations, _ = windows
     extents = zip(weight.shape[2:], paddings, dilations, strict=True)
     return any(padding > dilation * (kernel - 1) for kernel, padding, dilation in extents)
-
-
-def _of_two(numbers: Sequence[int], other: int) -> list[int]:
-    """Return a number for each of two axes: for a weight that slides along the last alone, with ``other`` in front."""
-    return [other, *numbers] if len(numbers) == 1 else list(numbers)

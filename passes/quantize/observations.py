@@ -42,7 +42,7 @@ class ObservingPass(Pass):
         seen: What is known of them from an earlier run; it runs the graph for the others.
     """
 
-    seen: Observations | None = dataclasses.field(default=None, repr=False, compare=False, kw_only=True)
+    seen: Observations = dataclasses.field(default=Observations(), repr=False, compare=False, kw_only=True)
 
 
 class DrawnRows:

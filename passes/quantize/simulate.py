@@ -138,14 +138,13 @@ class _Run(Walk):
 
     def __init__(self, gm: CapturedModule, samples: Sequence[Sample]) -> None:
         super().__init__(gm, [gm.flatten_inputs(*sample.args, **dict(sample.kwargs)) for sample in samples], [])
-        self._captured = gm
 
     def outputs(self) -> list[list[torch.Tensor]]:
         """Return the float outputs of each sample."""
         if self._pending:
             self.advance(self._pending[0], past=True)
         output = self.gm.graph.output_node()
-        nodes = [leaf for leaf in results_of(self._captured) if isinstance(leaf, torch.fx.Node)]
+        nodes = [leaf for leaf in results_of(self.gm) if isinstance(leaf, torch.fx.Node)]
         found = [[self._read(output, node, item) for node in nodes] for item in range(len(self.items))]
         return [
             [value for value in one if isinstance(value, torch.Tensor) and value.is_floating_point()] for one in found

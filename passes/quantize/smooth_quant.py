@@ -110,8 +110,7 @@ class SmoothQuant(ObservingPass):
 
     def _observed(self, gm: CapturedModule, names: Sequence[str]) -> Observations:
         searches = self.alpha is None
-        sketches = self.seen.by_channel(names) if self.seen is not None else {}
-        rows = dict(self.seen.rows) if self.seen is not None and searches else {}
+        sketches, rows = self.seen.by_channel(names), dict(self.seen.rows) if searches else {}
         left = [name for name in names if name not in sketches or (searches and name not in rows)]
         if left:
             drawn = DrawnRows(left if searches else ())

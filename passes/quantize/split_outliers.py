@@ -76,7 +76,7 @@ class SplitOutliers(ObservingPass):
         names = sorted({site.operands[0].name for site in sites})
         if not names:
             return
-        sketches = self.seen.by_channel(names) if self.seen is not None else {}
+        sketches = self.seen.by_channel(names)
         if left := [name for name in names if name not in sketches]:
             sketches |= calibrate(rw.gm, left, calibration_of(rw.gm), channels=dict.fromkeys(left, -1))
         for site in sites:

@@ -30,7 +30,6 @@ from fxopt.passes.quantize.merged_rows import (
 from fxopt.passes.quantize.observations import DrawnRows, Observations
 from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
-from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.smooth_quant import values_to_smooth
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import inputs_of_wide_layers
@@ -135,7 +134,7 @@ class Trials:
     ) -> Trial:
         """Calibrate a plan, and return the better of the range methods. The first graph must be the float graph."""
         seen = self._observed(gm, plan, progress)
-        plans = resolve_with(gm, plan, self.target, seen.sketches, methods, self._scales)
+        plans = resolve_with(gm, plan, self.target, seen.told.sketches, methods, self._scales)
         trials = [
             self.corrected(Trial(gm, found, {}, asked=plan, method=method, means=seen.means), f"{label}{method}")
             for method, found in zip(methods, plans, strict=True)
@@ -160,7 +159,7 @@ class Trials:
         along = {name: -1 for name in names if name in wide | smooth and name not in only}
         sketches = calibrate(gm, names, self.items, only=only, channels=along, progress=progress, watch=watch)
         self._want = self._want or [outputs.of(item) for item in self._measured]
-        self._seen = _Seen(gm, sketches, only, means.found(), drawn.found())
+        self._seen = _Seen(gm, Observations(sketches, drawn.found()), only, means.found())
         return self._seen
 
     def not_measured(self) -> Any:
@@ -178,9 +177,7 @@ class Trials:
 
     def seen_of(self, gm: CapturedModule) -> Observations:
         """Return what is known of the values of a graph."""
-        if self._seen is None or self._seen.gm is not gm:
-            return Observations()
-        return Observations(self._seen.sketches, self._seen.rows)
+        return self._seen.told if self._seen is not None and self._seen.gm is gm else Observations()
 
     def corrected(self, trial: Trial, label: str) -> Trial:
         """Measure a way without and with bias correction, and return the better of both."""
@@ -271,17 +268,16 @@ def _channels_last(sample: Sample) -> Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What one run of a float graph told: sketches of values, of which channels, means of layers' channels, rows."""
+    """What one run of a float graph told, of which channels of its values, and the means of layers' channels."""
 
     gm: CapturedModule
-    sketches: Mapping[str, ValueSketch]
+    told: Observations
     only: Mapping[str, torch.Tensor]
     means: Mapping[str, torch.Tensor]
-    rows: Mapping[str, torch.Tensor]
 
     def covers(self, gm: CapturedModule, names: Sequence[str], only: Mapping[str, torch.Tensor]) -> bool:
         """Return whether these values of a graph are among them, and each with the channels that count."""
-        return gm is self.gm and all(name in self.sketches and self._counts_as(name, only) for name in names)
+        return gm is self.gm and all(name in self.told.sketches and self._counts_as(name, only) for name in names)
 
     def _counts_as(self, name: str, only: Mapping[str, torch.Tensor]) -> bool:
         mine, other = self.only.get(name), only.get(name)

@@ -26,6 +26,17 @@ from fxopt.quantized_ops import rounded
 needs_integers = pytest.mark.skipif(not integer_products_work(), reason="this machine has no exact integer products")
 
 
+class OneNumber(nn.Module):
+    """A single stride, padding and dilation stand for both axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 6, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, None, [2], [1], [1])
+
+
 class Transposed(nn.Module):
     """A linear layer and a convolution of what lies in memory the other way round."""
 
@@ -48,6 +59,7 @@ LAYERS = {
     "conv1d": (nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2), (2, 6, 20)),
     "conv2d": (nn.Conv2d(6, 8, 3, padding=1), IMAGES),
     "conv2d of groups": (nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0), groups=2, bias=False), IMAGES),
+    "one number for both axes": (OneNumber(), IMAGES),
     "depthwise": (nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 4, 1)), IMAGES),
     "pooled": (
         nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 3)),
