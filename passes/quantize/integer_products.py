@@ -8,7 +8,8 @@ and where it is wrong, or the operators are missing, trials multiply floats.
 
 Of a few kinds oneDNN computes something else, such as some dilated windows of one channel, and windows that lie in the
 padding altogether. So the first row of each new kind of product is held against floats, and a kind that differs is left
-to them.
+to them. Long windows of few channels, such as those that read sound, take oneDNN twice as long as floats: they are
+copied, and multiplied as rows.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ _AXES: dict[Any, int] = {
 }  # along which a weight slides
 _LEAST_TERMS = 2  # with one, neither oneDNN nor torch's own product of matrices is right
 _MOST_TERMS = 2**31 // (255 * 128)  # of a sum that 32 bits hold, whatever the integers
+_CHECKED = 16  # results of a row, more or less, that are held against floats
+_FEW_CHANNELS, _LONG = 3, 64  # channels, and terms of each, from which on windows are faster as rows
+_BYTES_OF_ROWS = 2**25  # copied at once
 _FLOATS = 1.0, 0, torch.float32
 _CLOSE = 1e-3  # of the largest number: floats round, and what is wrong is far off
 _right: dict[Any, bool] = {}  # kinds of products: whether they were
 
 _NOTHING_BEHIND: tuple[Any, ...] = ("none", [], "")
+
+Windows = tuple[list[int], list[int], list[int], int]
+"""Stride, padding and dilation of a convolution along both axes, and its groups."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +96,7 @@ class IntegerProduct:
         weight: i8[out, in] of a linear layer, or i8[out, in, height, width] of a convolution.
         scale: Of the weight, f32[] or f32[out].
         bias: f32[out], or None.
-        windows: Stride, padding and dilation of a convolution along both axes, and its groups; None for a linear layer.
+        windows: Those of a convolution; None for a linear layer.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class IntegerProduct:
         weight: torch.Tensor,
         scale: torch.Tensor,
         bias: torch.Tensor | None = None,
-        windows: tuple[list[int], list[int], list[int], int] | None = None,
+        windows: Windows | None = None,
     ) -> None:
         self.inputs, self._bias, self._windows = inputs, bias, windows or ()
         self._weight = weight.contiguous()  # oneDNN takes its strides for granted
@@ -123,12 +130,13 @@ class IntegerProduct:
         bias = shift if self._bias is None else self._bias if shift is None else self._bias + shift
         kind = self._kind(integers, result)
         if not _right.get(kind, True):
-            return self._in_floats(integers, bias, result)
+            return self._in_floats(integers, bias, result, 1)
         quantized = integers, self.inputs.scale, self.inputs.zero_point, self._packed, self._scale, self._zeros
         becomes = _FLOATS if result is None else (result.scale, result.zero_point, torch.uint8)
         found: torch.Tensor = self._product(*quantized, bias, *self._windows, *becomes, *_NOTHING_BEHIND)
         if kind not in _right and len(integers):
-            _right[kind] = _is_close(found[:1], self._in_floats(integers[:1], bias, result))
+            every = max(1, len(self._weight) // _CHECKED) if not self._windows or self._windows[3] == 1 else 1
+            _right[kind] = _is_close(found[:1, ::every], self._in_floats(integers[:1], bias, result, every))
             return self(integers, shift, result)
         return found
 
@@ -139,10 +147,12 @@ class IntegerProduct:
         return *offset, result is None, windows, self._weight.shape, integers.shape, integers.stride()
 
     def _in_floats(
-        self, integers: torch.Tensor, bias: torch.Tensor | None, result: IntegerInput | None
+        self, integers: torch.Tensor, bias: torch.Tensor | None, result: IntegerInput | None, every: int
     ) -> torch.Tensor:
+        """Return the same in floats, of every so manieth channel."""
         axes = [1] * (self._weight.ndim - 1)
-        x, weight = self.inputs.floats(integers), self._weight * self._scale.reshape(-1, *axes)
+        x, weight = self.inputs.floats(integers), self._weight[::every] * self._scale[::every].reshape(-1, *axes)
+        bias = None if bias is None else bias[::every]
         found = F.conv2d(x, weight, bias, *self._windows) if self._windows else F.linear(x, weight, bias)
         return found if result is None else result.integers(found)
 
@@ -160,10 +170,14 @@ class IntegerLayer:
     Attributes:
         product: Its product.
         axes: Along which its weight slides.
+        any_layout: Whether nobody asks how the result lies in memory.
+        rows: Height and width of its windows, and how they slide, if they are multiplied as rows.
     """
 
     product: IntegerProduct
     axes: int
+    any_layout: bool = False
+    rows: tuple[tuple[int, int], Windows] | None = None
 
     def __call__(
         self, integers: torch.Tensor, shift: torch.Tensor | None = None, result: IntegerInput | None = None
@@ -172,14 +186,35 @@ class IntegerLayer:
         if self.axes == 0:
             return self.product(integers.flatten(0, -2).contiguous(), shift, result).reshape(*integers.shape[:-1], -1)
         if self.axes == 1:
-            return self.product(integers.unsqueeze(2), shift, result).squeeze(2).contiguous()
-        last = integers.is_contiguous(memory_format=torch.channels_last) and not integers.is_contiguous()
+            return self._convolved(integers.unsqueeze(2), shift, result).squeeze(2).contiguous()
+        last = integers.is_contiguous(memory_format=torch.channels_last)
+        last = last and (self.any_layout or not integers.is_contiguous())  # of one channel it is both
         layout = torch.channels_last if last else torch.contiguous_format
-        return self.product(integers, shift, result).contiguous(memory_format=layout)
+        return self._convolved(integers, shift, result).contiguous(memory_format=layout)
+
+    def _convolved(self, images: torch.Tensor, shift: torch.Tensor | None, result: IntegerInput | None) -> torch.Tensor:
+        """Return u8[n, in, height, width] behind the convolution."""
+        if self.rows is None:
+            return self.product(images, shift, result)
+        (height, width), (stride, padding, _, _) = self.rows
+        pads = padding[1], padding[1], padding[0], padding[0]
+        padded = F.pad(images, pads, value=self.product.inputs.zero_point) if any(pads) else images
+        windows = padded.unfold(2, height, stride[0]).unfold(3, width, stride[1]).movedim(1, 3)
+        found = [
+            self.product(some.flatten(3).flatten(0, 2), shift, result).unflatten(0, some.shape[:3])
+            for some in windows.split(max(1, _BYTES_OF_ROWS // max(windows[:1].numel(), 1)))
+        ]
+        return torch.cat(found).movedim(-1, 1)
 
 
 def integer_layer(
-    site: Site, inputs: QuantSpec, weight: QuantSpec, integers: torch.Tensor, bias: torch.Tensor | None
+    site: Site,
+    inputs: QuantSpec,
+    weight: QuantSpec,
+    integers: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    any_layout: bool = False,
 ) -> IntegerLayer | None:
     """Return a layer that computes in integers; None if it has none of this kind here.
 
@@ -189,6 +224,7 @@ def integer_layer(
         weight: The spec of its weight, with its scales.
         integers: Those of the weight.
         bias: f32[out], or None.
+        any_layout: Whether nobody asks how the result lies in memory.
     """
     quantized = IntegerInput.of(inputs)
     if site.node.target not in _AXES or quantized is None or integers.dtype != torch.int8 or any(weight.zero_point):
@@ -206,7 +242,10 @@ def integer_layer(
     windows, (scale, _) = _windows(site, axes) if axes else None, parameters_of(weight)
     if windows is not None and _see_padding_alone(held, windows):
         return None
-    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes)
+    if windows is not None and _are_long(held, windows):
+        rows = (held.shape[2], held.shape[3]), windows
+        return IntegerLayer(IntegerProduct(quantized, held.flatten(1), scale, bias), axes, any_layout, rows)
+    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes, any_layout)
 
 
 def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -243,14 +282,20 @@ def _onednn(name: str) -> Any:
     return getattr(torch.ops.onednn, name)
 
 
-def _windows(site: Site, axes: int) -> tuple[list[int], list[int], list[int], int]:
+def _windows(site: Site, axes: int) -> Windows:
     """Return them along two axes; a weight that slides along one alone has a height of 1."""
     names = (("stride", 1), ("padding", 0), ("dilation", 1))
     stride, padding, dilation = ([still] * (2 - axes) + spread(arg(site.node, name), axes) for name, still in names)
     return stride, padding, dilation, site.groups
 
 
-def _see_padding_alone(weight: torch.Tensor, windows: tuple[list[int], list[int], list[int], int]) -> bool:
+def _are_long(weight: torch.Tensor, windows: Windows) -> bool:
+    _, channels, height, width = weight.shape
+    _, _, dilation, groups = windows
+    return channels <= _FEW_CHANNELS and height * width >= _LONG and groups == 1 and dilation == [1, 1]
+
+
+def _see_padding_alone(weight: torch.Tensor, windows: Windows) -> bool:
     """Return whether a window lies in the padding altogether, of which oneDNN takes sums that nobody computed."""
     _, paddings, dilations, _ = windows
     extents = zip(weight.shape[2:], paddings, dilations, strict=True)

@@ -20,6 +20,7 @@ from fxopt.isolation import isolated
 from fxopt.passes.quantize.graph_walk import Walk
 from fxopt.passes.quantize.integer_products import IntegerInput, IntegerLayer, integer_layer
 from fxopt.passes.quantize.layout import Layout, bias_of, input_of
+from fxopt.passes.quantize.memory_layout import takes_any_layout
 from fxopt.passes.quantize.placement import Site
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Target
@@ -67,6 +68,7 @@ class Simulation:
         self.layers: dict[torch.fx.Node, IntegerLayer] = {}
         self.readers: dict[torch.fx.Node, set[torch.fx.Node]] = {}
         self._weights: dict[torch.fx.Node, torch.Tensor] = {}
+        self._any_layout = takes_any_layout(gm)
         for node, spec in self.layout.specs.items():
             if spec.role == "weight":
                 self._add_weight(node, spec, [site for site in self.layout.sites.values() if site.weight is node])
@@ -82,7 +84,8 @@ class Simulation:
         for site in sites:
             bias = bias_of(site)
             held = None if bias is None else constant_of(bias)
-            layer = integer_layer(site, self.layout.specs[input_of(site)], spec, integers, held)
+            read = self.layout.specs[input_of(site)]
+            layer = integer_layer(site, read, spec, integers, held, any_layout=self._any_layout)
             if layer is not None:
                 self.layers[site.node] = layer
         self.readers[node] = {site.node for site in sites} - self.layers.keys()

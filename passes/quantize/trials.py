@@ -15,10 +15,11 @@ import torch
 
 from fxopt.calibration_data import calibration_samples
 from fxopt.dimensions import Sample
-from fxopt.graph_module import CapturedModule, graph_modules
+from fxopt.graph_module import CapturedModule
 from fxopt.node_costs import NodeCosts
 from fxopt.passes.quantize.calibrate import Progress, calibrate
 from fxopt.passes.quantize.correct_bias import ChannelMeans, corrections
+from fxopt.passes.quantize.memory_layout import channels_last, takes_any_layout
 from fxopt.passes.quantize.merged_rows import (
     LeftOut,
     MergedRows,
@@ -45,7 +46,6 @@ _ROWS = 32  # of calibration inputs to learn from, and again to measure on
 _ROWS_TOGETHER = 16  # that calibration runs at once
 _BYTES = 2**30  # of all values of the graph for all of these; from there on half of the rows do
 _BYTES_TOGETHER = 2**25  # of one value in one run: malloc gets larger ones anew each time, which takes longer than sums
-_ASKING = ("view", "as_strided", "view_as", "view_as_real", "view_as_complex")  # refuse a layout that does not fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +117,8 @@ class Trials:
             for part in (held[:middle], held[middle:])
         )
         self.items = [*learned, *measured]
-        if _takes_any_layout(gm):
-            self.items = [_channels_last(item) for item in self.items]
+        if takes_any_layout(gm):
+            self.items = [channels_last(item) for item in self.items]
         self._learned = range(len(learned))
         self._measured = range(len(learned), len(self.items)) or self._learned  # the same if there is only one
         self._want: list[list[torch.Tensor]] = []
@@ -236,34 +236,6 @@ def _rows_to_try(gm: CapturedModule) -> tuple[int, int]:
     tried = _BYTES * rows // max(sum(sizes), 1)
     together = _BYTES_TOGETHER * rows // max([*sizes, 1])
     return max(_ROWS, min(2 * _ROWS, tried)), max(1, min(_ROWS, together))
-
-
-def _takes_any_layout(gm: CapturedModule) -> bool:
-    """Return whether no call of a graph, or of one inside it, asks how what it reads lies in memory."""
-    calls = (node for module in graph_modules(gm) for node in module.graph.nodes if node.op == "call_function")
-    return not any(map(_asks_for_layout, calls))
-
-
-def _asks_for_layout(node: torch.fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    namespace, _, name = node.target._schema.name.partition("::")
-    source = node.args[0] if node.args else None
-    if name == "view" and isinstance(source, torch.fx.Node) and source.target is torch.ops.aten.contiguous.default:
-        return False
-    return namespace != "aten" or name in _ASKING
-
-
-def _channels_last(sample: Sample) -> Sample:
-    """Return a sample whose images lie with the channels last: convolutions of torch are up to twice as fast then."""
-    return sample.with_leaves(
-        [
-            leaf.contiguous(memory_format=torch.channels_last)
-            if isinstance(leaf, torch.Tensor) and leaf.ndim == 4
-            else leaf
-            for leaf in sample.leaves()
-        ]
-    )
 
 
 @dataclasses.dataclass(frozen=True)
