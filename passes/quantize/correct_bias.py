@@ -8,7 +8,7 @@ behind it see that shift as signal. The layers are taken in their order, each wi
 
 Behind a layer that a rectifier alone reads, such as relu, most numbers may be of no account: nobody sees by how much
 they lie below 0. There the mean is that of what the rectifier yields, and the correction moves it by one step of the
-secant method, with a step h as large as the error of the mean of y:
+secant method, with a step h as large as the error:
 
     d = (E[f(y) of the float graph] - E[f(y) of the integer graph]) / slope      slope = (E[f(y + h)] - E[f(y)]) / h
 
@@ -93,13 +93,14 @@ class ChannelMeans:
         self._read: dict[str, Site] = {}
         for site in integer_sites(gm.graph, target, {}):
             if site.is_layer:
-                self._read |= {node.name: site for node in (site.node, *rectifiers_behind(site)[-1:])}
+                self._read[_read_node(site).name] = site
         self._rows: dict[str, list[torch.Tensor]] = {}
 
     def add(self, node: torch.fx.Node, value: Any) -> None:
         """Take in what a node of the graph, or of a copy, yields for one input."""
         if node.name in self._read:
-            self._rows.setdefault(node.name, []).append(_means_by_row(self._read[node.name], value))
+            site = self._read[node.name]
+            self._rows.setdefault(node.name, []).append(_means_by_row(site, _some_positions(site, value)))
 
     def found(self) -> dict[str, torch.Tensor]:
         """Return the means of what was taken in, f64[rows, channels] by node name."""
@@ -170,23 +171,31 @@ def _rectifier_behind(node: torch.fx.Node) -> list[torch.fx.Node]:
 
 def _lacking(site: Site, values: Sequence[torch.Tensor], means: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return what to add to the bias of a layer that yields ``values`` of all samples, f64[channels]."""
-    error = means[site.node.name] - _by_row(site, values)
-    rectifiers = rectifiers_behind(site)
+    rectifiers, some = rectifiers_behind(site), [_some_positions(site, value) for value in values]
+
+    def read(shift: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the means of what is read of the layer, f64[rows, channels]."""
+        moved = some
+        if shift is not None:
+            beside = along_channels(site, shift.to(some[0].dtype), some[0])
+            moved = [value + beside for value in some]
+        return _by_row(site, (_applied(rectifiers, site.node, value) for value in moved))
+
+    before = read()
+    errors = means[_read_node(site).name] - before
     if not rectifiers:
-        return _beyond_chance(error)
-    lacks = means[rectifiers[-1].name] - _by_row(site, (_applied(rectifiers, site.node, value) for value in values))
-    some = [_some_positions(site, value) for value in values]
+        return _beyond_chance(errors)
+    error = errors.mean(0)
+    step = error.abs().maximum(_standard_error(errors))
+    slope = (read(step) - before).mean(0) / step
+    shift = torch.where(slope > _LEAST_SLOPE, _beyond_chance(errors) / slope, 0.0)  # a step of 0 has no slope
+    left = error - (read(shift) - before).mean(0)
+    return torch.where(left.abs() < error.abs(), shift, 0.0)  # where the slope changes, a step may go too far
 
-    def read(shift: torch.Tensor) -> torch.Tensor:
-        beside = along_channels(site, shift.to(some[0].dtype), some[0])
-        return _by_row(site, (_applied(rectifiers, site.node, value + beside) for value in some)).mean(0)
 
-    step = error.mean(0).abs().maximum(_standard_error(error))
-    before = read(torch.zeros_like(step))
-    slope = (read(step) - before) / step
-    shift = torch.where(slope > _LEAST_SLOPE, _beyond_chance(lacks) / slope, 0.0)  # a step of 0 has no slope
-    left = lacks.mean(0) - (read(shift) - before)
-    return torch.where(left.abs() < lacks.mean(0).abs(), shift, 0.0)  # where the slope changes, a step may go too far
+def _read_node(site: Site) -> torch.fx.Node:
+    """Return what is read of a layer: itself, or the last rectifier behind it."""
+    return next(reversed(rectifiers_behind(site)), site.node)
 
 
 def _some_positions(site: Site, value: torch.Tensor) -> torch.Tensor:
@@ -207,7 +216,7 @@ def _applied(calls: Sequence[torch.fx.Node], node: torch.fx.Node, value: torch.T
     for call in calls:
         args, kwargs = torch.fx.node.map_arg((call.args, call.kwargs), known)
         values[call] = call.target(*args, **kwargs)  # type: ignore[operator]  # of a call_function
-    return values[calls[-1]]
+    return values[calls[-1]] if calls else value
 
 
 def _by_row(site: Site, values: Iterable[torch.Tensor]) -> torch.Tensor:

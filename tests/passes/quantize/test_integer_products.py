@@ -51,6 +51,13 @@ class Transposed(nn.Module):
 
 
 IMAGES = (4, 6, 9, 7)
+
+
+class Strided(nn.Module):
+    def forward(self, x):
+        return x.as_strided((2, 49), (196, 1))
+
+
 LAYERS = {
     "linear": (nn.Linear(24, 16), (5, 24)),
     "linear of three axes": (nn.Linear(24, 16, bias=False), (2, 5, 24)),
@@ -60,6 +67,11 @@ LAYERS = {
     "conv2d": (nn.Conv2d(6, 8, 3, padding=1), IMAGES),
     "conv2d of groups": (nn.Conv2d(6, 8, (3, 1), stride=(2, 1), padding=(1, 0), groups=2, bias=False), IMAGES),
     "one number for both axes": (OneNumber(), IMAGES),
+    "long windows": (nn.Conv1d(1, 8, 100, stride=4, padding=7), (3, 1, 400)),
+    "long windows of two channels": (
+        nn.Sequential(nn.Conv2d(2, 6, (40, 2), stride=(3, 1), padding=(5, 1)), nn.ReLU(), nn.Conv2d(6, 4, 1)),
+        (3, 2, 90, 6),
+    ),
     "depthwise": (nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 4, 1)), IMAGES),
     "pooled": (
         nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(48, 3)),
@@ -103,6 +115,32 @@ def test_trials_in_integers_agree_with_trials_in_floats(name, channels_last, mon
         # A tie that float32 rounds the other way moves a number by a step, and there are 255 of them.
         assert float((have - want).abs().max()) <= 0.02 * float(want.abs().max())
     assert signal_to_noise(wants, haves) > 45
+
+
+@needs_integers
+@pytest.mark.parametrize("name", ["long windows", "long windows of two channels"])
+def test_long_windows_are_rows_of_a_matrix_some_images_at_a_time(name, monkeypatch):
+    samples, integers, _ = simulations(name, monkeypatch)
+    first = integers.layers[next(iter(integers.layers))]
+    assert first.rows is not None
+    ((want,), _) = integers.run(samples)
+    monkeypatch.setattr(integer_products, "_BYTES_OF_ROWS", 1)
+    ((have,), _) = integers.run(samples)
+    assert torch.equal(have, want)
+
+
+@needs_integers
+@pytest.mark.parametrize("asks", [False, True])
+def test_images_of_one_channel_get_channels_last_only_where_nobody_asks(asks, monkeypatch):
+    x = torch.randn(2, 1, 9, 9)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), Strided() if asks else nn.Identity())
+    gm = fxopt.optimize(net.eval(), PREPARATION, (x,), modes="current", check="off")
+    simulation = Simulation(gm, Quantize(recipe="fast").make_plan(gm, [(x,)]), ORT_CPU)
+    (layer,) = simulation.layers.values()
+    assert layer.any_layout is not asks
+    found = layer(torch.zeros(2, 1, 9, 9, dtype=torch.uint8))
+    assert found.is_contiguous(memory_format=torch.channels_last) is not asks
+    assert found.is_contiguous() is asks
 
 
 @needs_integers
