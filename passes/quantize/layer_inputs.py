@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,17 @@ class LayerMatrix:
         step = max(1, _CHUNK // max(1, patches[:1].numel() * patches.element_size()))
         for part in batch.split(step):
             yield self.rows(part)
+
+    def some_rows(self, x: torch.Tensor, each: int) -> torch.Tensor:
+        """Return the rows of an input at ``each`` or a few more places of each of its images, evenly spread."""
+        if not self.spatial:
+            lines = x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1])
+            return lines[:, :: max(1, lines.shape[1] // each)].reshape(1, -1, x.shape[-1])
+        patches = self._patches(x)
+        places = patches.shape[1 : 1 + self.spatial].numel()
+        every = max(1, math.floor((places / each) ** (1 / self.spatial)))
+        some = patches[(slice(None), *[slice(None, None, every)] * self.spatial)]
+        return some.reshape(some.shape[: 1 + self.spatial].numel(), self.groups, -1).transpose(0, 1)
 
     def count(self, x: torch.Tensor) -> int:
         """Return the number of rows of an input."""

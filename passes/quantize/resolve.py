@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from fxopt.passes.quantize.sketch import ValueSketch
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weights import channel_scales, constant_of, scales_for_bias
+from fxopt.passes.quantize.window_scales import Moments, searched_scales
 
 __all__ = [
     "WeightScales", "open_activations", "resolve", "resolve_activations", "resolve_weights", "resolve_with",
@@ -66,6 +68,7 @@ def resolve_with(
     sketches: Mapping[str, ValueSketch],
     methods: Sequence[RangeMethod | str],
     scales: WeightScales,
+    moments: Mapping[str, Moments] | None = None,
 ) -> list[QuantPlan]:
     """Return the plan with all scales, once for each range method; those that it has already stay.
 
@@ -76,9 +79,10 @@ def resolve_with(
         sketches: What was seen of the activations that are open.
         methods: How to choose a range from that.
         scales: Of the weights.
+        moments: Of what weights are multiplied by, by the name of the layer; their steps are searched.
     """
     plans = (resolve_activations(plan, sketches, method) for method in methods)
-    return [resolve_weights(gm, found, target, scales) for found in plans]
+    return [resolve_weights(gm, found, target, scales, moments or {}) for found in plans]
 
 
 def open_activations(plan: QuantPlan) -> list[str]:
@@ -95,10 +99,10 @@ class WeightScales:
 
     def __init__(self, *, no_saturation: bool) -> None:
         self.no_saturation = no_saturation
-        self._known: dict[tuple[int, int, QuantSpec, int], tuple[torch.Tensor, tuple[float, ...]]] = {}
+        self._known: dict[tuple[Any, ...], tuple[Any, tuple[float, ...]]] = {}
 
-    def of(self, site: Site, spec: QuantSpec) -> tuple[float, ...]:
-        """Return the scales of the weight of a layer.
+    def of(self, site: Site, spec: QuantSpec, moments: Moments | None = None) -> tuple[float, ...]:
+        """Return the scales of the weight of a layer; with moments of what it is multiplied by, those that fit it best.
 
         Raises:
             ValueError: the weight holds NaN or infinity.
@@ -108,7 +112,13 @@ class WeightScales:
         key = id(held), held._version, spec, site.groups
         if key not in self._known:  # which keeps the tensor, for no other to have its id
             self._known[key] = held, self._computed(constant_of(site.weight), spec, site.groups)
-        return self._known[key][1]
+        scale = self._known[key][1]
+        if moments is None or spec.axis is None:
+            return scale
+        if (*key, id(moments)) not in self._known:
+            found = searched_scales(constant_of(site.weight), spec, scale, moments)
+            self._known[*key, id(moments)] = (held, moments), found
+        return self._known[*key, id(moments)][1]
 
     def _computed(self, weight: torch.Tensor, spec: QuantSpec, groups: int) -> tuple[float, ...]:
         scale = channel_scales(weight, spec)
@@ -147,7 +157,13 @@ def resolve_activations(plan: QuantPlan, sketches: Mapping[str, ValueSketch], me
     return QuantPlan(specs, {**plan.notes, **unseen})
 
 
-def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, scales: WeightScales) -> QuantPlan:
+def resolve_weights(
+    gm: CapturedModule,
+    plan: QuantPlan,
+    target: Target,
+    scales: WeightScales,
+    moments: Mapping[str, Moments] | None = None,
+) -> QuantPlan:
     """Return the plan with scales for the weights, large enough for the biases beside them.
 
     Raises:
@@ -156,11 +172,14 @@ def resolve_weights(gm: CapturedModule, plan: QuantPlan, target: Target, scales:
     for prefix, site in all_sites(gm, target):
         name = None if site.weight is None else prefix + site.weight.name
         if name is not None and name in plan:
-            plan = _with_weight(plan, site, name, prefix, scales)
+            found = None if prefix or moments is None else moments.get(site.node.name)
+            plan = _with_weight(plan, site, name, prefix, scales, found)
     return plan
 
 
-def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, scales: WeightScales) -> QuantPlan:
+def _with_weight(
+    plan: QuantPlan, site: Site, name: str, prefix: str, scales: WeightScales, moments: Moments | None
+) -> QuantPlan:
     spec = plan[name]
     if not spec.symmetric:
         raise PassError(
@@ -172,7 +191,7 @@ def _with_weight(plan: QuantPlan, site: Site, name: str, prefix: str, scales: We
         )
     if not spec.resolved:
         try:
-            scale = scales.of(site, spec)
+            scale = scales.of(site, spec, moments)
         except ValueError as error:
             raise PassError(describe(f"{name}: {error}", source=source_line(site.node))) from error
         spec = dataclasses.replace(spec, scale=scale, zero_point=(0,) * len(scale))

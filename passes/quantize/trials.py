@@ -35,6 +35,7 @@ from fxopt.passes.quantize.smooth_quant import values_to_smooth
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.split_outliers import inputs_of_wide_layers
 from fxopt.passes.quantize.target import Target
+from fxopt.passes.quantize.window_scales import Moments, WindowMoments
 from fxopt.regions import results_of
 
 __all__ = ["GAIN", "Candidate", "Trial", "Trials"]
@@ -134,7 +135,7 @@ class Trials:
     ) -> Trial:
         """Calibrate a plan, and return the better of the range methods. The first graph must be the float graph."""
         seen = self._observed(gm, plan, progress)
-        plans = resolve_with(gm, plan, self.target, seen.told.sketches, methods, self._scales)
+        plans = resolve_with(gm, plan, self.target, seen.told.sketches, methods, self._scales, seen.moments)
         trials = [
             self.corrected(Trial(gm, found, {}, asked=plan, method=method, means=seen.means), f"{label}{method}")
             for method, found in zip(methods, plans, strict=True)
@@ -148,18 +149,20 @@ class Trials:
             return self._seen
         wide, smooth = inputs_of_wide_layers(gm), values_to_smooth(gm)  # for what is to be tried without another run
         means, outputs, drawn = ChannelMeans(gm, self.target), _Outputs(gm), DrawnRows(smooth)
+        moments = WindowMoments(gm, self.target)
 
         def watch(item: int, node: torch.fx.Node, value: Any) -> None:
             drawn.add(node, value)
             if item in self._learned:
                 means.add(node, value)
+                moments.add(node, value)
             if item in self._measured and not self._want:
                 outputs.add(item, node, value)
 
         along = {name: -1 for name in names if name in wide | smooth and name not in only}
         sketches = calibrate(gm, names, self.items, only=only, channels=along, progress=progress, watch=watch)
         self._want = self._want or [outputs.of(item) for item in self._measured]
-        self._seen = _Seen(gm, Observations(sketches, drawn.found()), only, means.found())
+        self._seen = _Seen(gm, Observations(sketches, drawn.found()), only, means.found(), moments.found())
         return self._seen
 
     def not_measured(self) -> Any:
@@ -240,12 +243,13 @@ def _rows_to_try(gm: CapturedModule) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What one run of a float graph told, of which channels of its values, and the means of layers' channels."""
+    """What one run of a float graph told, of which channels of its values, and the means and inputs of layers."""
 
     gm: CapturedModule
     told: Observations
     only: Mapping[str, torch.Tensor]
     means: Mapping[str, torch.Tensor]
+    moments: Mapping[str, Moments]
 
     def covers(self, gm: CapturedModule, names: Sequence[str], only: Mapping[str, torch.Tensor]) -> bool:
         """Return whether these values of a graph are among them, and each with the channels that count."""
