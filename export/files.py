@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 import onnx_ir as ir
+import torch
 
 from fxopt.errors import ExportError, describe
 
@@ -130,6 +131,7 @@ def load_model(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes) -> i
     """
     if isinstance(model, OnnxFile | ir.Model):
         return (model.model if isinstance(model, OnnxFile) else model).clone()
+    _check_is_file(model)
     try:
         return ir.from_proto(onnx.load_from_string(model)) if isinstance(model, bytes) else ir.load(model)
     except Exception as error:  # protobuf raises a class of its own, which has no type stubs
@@ -137,8 +139,27 @@ def load_model(model: OnnxFile | ir.Model | str | os.PathLike[str] | bytes) -> i
 
 
 def loadable(model: OnnxFile | str | os.PathLike[str] | bytes) -> str | os.PathLike[str] | bytes:
-    """Return a model as ORT loads it: the file where there is one, as weights may lie beside it, or its bytes."""
-    return (model.path or model.to_bytes()) if isinstance(model, OnnxFile) else model
+    """Return a model as ORT loads it: the file where there is one, as weights may lie beside it, or its bytes.
+
+    Raises:
+        ExportError: it is no ONNX model.
+    """
+    if isinstance(model, OnnxFile):
+        return model.path or model.to_bytes()
+    _check_is_file(model)
+    return model
+
+
+def _check_is_file(model: Any) -> None:
+    if not isinstance(model, str | os.PathLike | bytes):
+        raise ExportError(
+            describe(
+                "this is no ONNX model",
+                got=type(model).__name__,
+                wanted="what fxopt.export.to_onnx returns, a path, or the bytes of a model",
+                try_="export it first, with fxopt.export.to_onnx" if isinstance(model, torch.nn.Module) else None,
+            )
+        )
 
 
 def file_bytes(path: str | os.PathLike[str]) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fxopt
+import fxopt.export
 from fxopt.errors import ExportError
 from fxopt.export import to_onnx
 from fxopt.export.files import file_bytes
@@ -117,3 +118,20 @@ def test_bytes_of_a_model_whose_weights_are_gone_are_refused(tmp_path):
     (tmp_path / "net.onnx.data").unlink()
     with pytest.raises(ExportError, match="cannot read"):
         file_bytes(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [
+        ("blame", {"reference": b""}),
+        ("blame", {"optimization": "extended"}),
+        ("bisect_ort", {"inputs": (torch.randn(3, 40),)}),
+        ("coverage", {}),
+        ("node_times", {}),
+    ],
+    ids=["blame as it stands", "blame", "bisect_ort", "coverage", "node_times"],
+)
+def test_a_graph_where_a_file_is_wanted_is_refused_with_what_to_do(tool, options):
+    want = r"no ONNX model\n +got .*Module\n +wanted .*\n +try +export it first, with fxopt.export.to_onnx"
+    with pytest.raises(ExportError, match=want):
+        getattr(fxopt.export, tool)(graph(), **options)
