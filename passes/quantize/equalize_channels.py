@@ -13,17 +13,19 @@ read it are large loses most of its bits to its neighbours' scale; ``s`` moves t
                     equation 4.
 
 ``s`` is rounded to a power of two, by which floats are multiplied without error: the graph stays bit for bit the same.
+Where results of layers are added up, as along the residual blocks of a stage, all of them have the same ``s``.
 
 An upper limit such as that of relu6 lets no factor through, and layers with one between them are left alone. With
 ``limits="inert"`` they are not: the limit stays as it is, a channel that comes near it on some calibration input keeps
-its size, and others stay below it, before and after. On calibration inputs that is the same function; on others a
-channel may be cut off elsewhere, at no less than it reached there. The paper replaces relu6 by relu (section 5.1.1).
+its size, and others stay below it, before and after. On calibration inputs that is the same function, but for rounding
+of floats, since ``s`` is no power of two then: it takes a channel as near to the limit as it may come. On other inputs
+a channel may be cut off elsewhere, at no less than it reached there. The paper replaces relu6 by relu (section 5.1.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -51,24 +53,25 @@ _HOMOGENEOUS = {
 }  # fmt: skip
 _LARGEST_EXPONENT = 24
 _NEAR = 0.9  # of an upper limit: what comes so near on calibration inputs may reach it on others
+_LITTLE = 0.05  # of a power of two, by which it is not worth while to change a channel
 _SWEEPS = 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Junction:
-    """A layer and the layers that alone read its result, channel by channel.
+    """Layers and the layers that alone read their results, channel by channel: a factor goes through all between them.
 
     Attributes:
-        first: The layer in front.
-        value: What the others read: its result, or what a relu or pool made of it.
+        firsts: The layers in front: one, or several whose results are added up.
+        values: What the others, and sums, read, and the sums.
         readers: The layers behind.
-        limit: What cuts the channels off from above on their way, if anything does.
+        limits: What cuts the channels off from above on their way.
     """
 
-    first: Site
-    value: torch.fx.Node
+    firsts: tuple[Site, ...]
+    values: tuple[torch.fx.Node, ...]
     readers: tuple[Site, ...]
-    limit: torch.fx.Node | None = None
+    limits: tuple[torch.fx.Node, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +126,7 @@ class EqualizeChannels(Pass):
     def _activation_ranges(self, rw: Rewriter, found: list[Junction]) -> dict[torch.fx.Node, torch.Tensor]:
         if self.by == "weights" or not found:
             return {}
-        axes = {node: j.first.channel_axis for j in found for node in (j.value, j.limit) if node is not None}
+        axes = {node: j.firsts[0].channel_axis for j in found for node in (*j.values, *j.limits)}
         names = {rw.site_name(node): node for node in axes}
         channels = {name: axes[node] for name, node in names.items()}
         sketches = calibrate(rw.gm, list(names), calibration_of(rw.gm), channels=channels)
@@ -137,22 +140,26 @@ class EqualizeChannels(Pass):
     ) -> bool:
         """Rescale the channels of one junction; return whether any factor was not 1."""
         behind = torch.stack([_input_ranges(site, weights[_weight(site)]) for site in junction.readers]).amax(0)
+        known = [ranges[value] for value in junction.values if value in ranges]
         if self.by == "weights":
-            wanted = (_output_ranges(junction.first, weights[_weight(junction.first)]) / behind).sqrt()
-        elif junction.value in ranges:
-            wanted = ranges[junction.value].pow(self.alpha) / behind.pow(1 - self.alpha)
+            first = torch.stack([_output_ranges(site, weights[_weight(site)]) for site in junction.firsts]).amax(0)
+            wanted = (first / behind).sqrt()
+        elif known:
+            wanted = torch.stack(known).amax(0).pow(self.alpha) / behind.pow(1 - self.alpha)
             wanted = wanted / _middle(wanted)
         else:
             return False
-        factor = power_of_two(wanted)
-        if junction.limit is not None:
-            factor = _within(factor, ranges[junction.limit], _NEAR * _end_of(junction.limit))
+        factor = power_of_two(wanted) if self.limits == "kept" else _more_than_a_little(wanted)
+        for limit in junction.limits:
+            if limit not in ranges:
+                return False
+            factor = _within(factor, ranges[limit], _NEAR * _end_of(limit))
         if bool((factor == 1).all()):
             return False
-        for node in {junction.value, junction.limit}:
-            if node is not None and node in ranges:
-                ranges[node] = ranges[node] / factor
-        _divide_outputs(junction.first, weights, factor)
+        for node in {*junction.values, *junction.limits} & ranges.keys():
+            ranges[node] = ranges[node] / factor
+        for site in junction.firsts:
+            _divide_outputs(site, weights, factor)
         for site in junction.readers:
             weights[_weight(site)] = _times_inputs(site, weights[_weight(site)], factor)
         return True
@@ -165,42 +172,76 @@ def power_of_two(wanted: torch.Tensor) -> torch.Tensor:
     return torch.exp2(exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)).float()
 
 
+def _more_than_a_little(wanted: torch.Tensor) -> torch.Tensor:
+    """Return the factors; 1 where a number is next to 1, which ends the sweeps, or 0, infinite or NaN."""
+    usable = wanted.isfinite() & (wanted > 0)
+    exponent = torch.where(usable, wanted, 1.0).double().log2().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    return torch.exp2(torch.where(exponent.abs() < _LITTLE, 0.0, exponent)).float()
+
+
 def _within(factor: torch.Tensor, largest: torch.Tensor, end: float) -> torch.Tensor:
     """Return the factors, with which no channel gets past ``end``; 1 for those that are past it already."""
-    least = torch.exp2((largest / end).clamp_min(2.0**-_LARGEST_EXPONENT).log2().ceil())
-    return torch.where(largest > end, 1.0, torch.maximum(factor, least))
+    least = largest / end
+    return torch.where(least > 2.0**-_LITTLE, 1.0, torch.maximum(factor, least))
 
 
 def junctions(rw: Rewriter, module: torch.fx.GraphModule, *, limited: bool = False) -> Iterator[Junction]:
-    """Yield the layers whose channels other layers, and nothing else, read one by one; some behind an upper limit."""
+    """Yield the layers whose channels other layers, and nothing else, read one by one; some behind upper limits."""
     sites = {s.node: s for s in integer_sites(module.graph, GENERIC, {}) if s.is_layer}
-    for site in sites.values():
-        value, limit = _through_homogeneous(site.node, limited=limited)
-        readers = [sites.get(user) for user in value.users]
-        if not readers or any(reader is None or not _reads_channels(reader, value, site) for reader in readers):
+    for members in _tied(module.graph, limited=limited):
+        junction = _junction(members, sites, limited=limited)
+        if junction is None:
             continue
-        junction = Junction(site, value, tuple(reader for reader in readers if reader is not None), limit)
         shared = [
             node for node in _constants(junction) if rw.readers(str(node.target), node.graph) > 1 or len(node.users) > 1
         ]
         if shared:
-            rw.skip(site.node, f"{shared[0].target} is read by others too")
+            rw.skip(junction.firsts[0].node, f"{shared[0].target} is read by others too")
         else:
             yield junction
 
 
-def _through_homogeneous(node: torch.fx.Node, *, limited: bool) -> tuple[torch.fx.Node, torch.fx.Node | None]:
-    """Return the last of what lets a factor through behind a node, and the one limit that may be on the way."""
-    limit = None
-    while len(node.users) == 1:
-        (user,) = node.users
-        cuts_off = limited and limit is None and _end_of(user) > 0
-        if not (user.target in _HOMOGENEOUS or cuts_off) or user.args[0] is not node:
-            break
-        if user.target not in _HOMOGENEOUS:
-            limit = user
-        node = user
-    return node, limit
+def _tied(graph: torch.fx.Graph, *, limited: bool) -> Iterator[list[torch.fx.Node]]:
+    """Yield the nodes of a graph in groups of those whose channels must have the same factor."""
+    import networkx  # loading it takes longer than the rest of the package; torch.export does it anyway
+
+    tied = networkx.Graph()
+    for node in graph.nodes:
+        tied.add_node(node)
+        tied.add_edges_from((source, node) for source in _lets_through(node, limited=limited))
+    for group in networkx.connected_components(tied):
+        yield sorted(group)
+
+
+def _lets_through(node: torch.fx.Node, *, limited: bool) -> list[torch.fx.Node]:
+    """Return the inputs of a call of which a positive factor for each channel is one of its result."""
+    if node.target is aten.add.Tensor and not node.kwargs and len(node.args) == 2:
+        halves = [half for half in node.args if isinstance(half, torch.fx.Node)]
+        return halves if len(halves) == 2 and shape(halves[0]) == shape(halves[1]) else []
+    if node.target not in _HOMOGENEOUS and not (limited and _end_of(node) > 0):
+        return []
+    (source, *_) = node.args
+    return [source] if isinstance(source, torch.fx.Node) else []
+
+
+def _junction(members: list[torch.fx.Node], sites: Mapping[torch.fx.Node, Site], *, limited: bool) -> Junction | None:
+    """Return the junction of nodes that are tied; None if others than layers yield or read them."""
+    firsts = [sites[node] for node in members if node in sites]
+    held = frozenset(members)
+    if not firsts or any(node not in sites and not _lets_through(node, limited=limited) for node in members):
+        return None
+    readers: dict[Site, None] = {}
+    for node in members:
+        for user in node.users:
+            if user in held and node in _lets_through(user, limited=limited):
+                continue
+            if user not in sites or not all(_reads_channels(sites[user], node, first) for first in firsts):
+                return None
+            readers[sites[user]] = None
+    sums = {node for node in members if node.target is aten.add.Tensor}
+    values = [node for node in members if node in sums or any(user in sites or user in sums for user in node.users)]
+    limits = tuple(node for node in members if _end_of(node) > 0)
+    return Junction(tuple(firsts), tuple(values), tuple(readers), limits) if readers else None
 
 
 def _end_of(node: torch.fx.Node) -> float:
@@ -223,8 +264,8 @@ def _weight(site: Site) -> torch.fx.Node:
 
 
 def _constants(junction: Junction) -> list[torch.fx.Node]:
-    bias = bias_of(junction.first)
-    return [_weight(s) for s in (junction.first, *junction.readers)] + ([bias] if bias is not None else [])
+    biases = [bias for site in junction.firsts if (bias := bias_of(site)) is not None]
+    return list(dict.fromkeys([*map(_weight, (*junction.firsts, *junction.readers)), *biases]))
 
 
 def _by_output(site: Site, weight: torch.Tensor) -> torch.Tensor:
