@@ -53,7 +53,7 @@ _RECTIFIERS = {
     aten.mish.default, aten.prelu.default, aten.silu.default, aten.softplus.default,
 }  # fmt: skip
 _GATES = {aten.sigmoid.default, aten.hardsigmoid.default}
-_POSITIONS = 256  # of a row, or a few more, enough to tell the slope of a mean
+_POSITIONS = 256  # of a row, or a few more, enough for a mean
 _LEAST_SLOPE = 0.02  # of what a rectifier lets through, below which hardly any number counts
 
 

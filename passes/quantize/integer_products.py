@@ -149,7 +149,7 @@ class IntegerProduct:
     def _in_floats(
         self, integers: torch.Tensor, bias: torch.Tensor | None, result: IntegerInput | None, every: int
     ) -> torch.Tensor:
-        """Return the same in floats, of every so manieth channel."""
+        """Return the same in floats; with ``every`` above 1, of one channel in so many."""
         axes = [1] * (self._weight.ndim - 1)
         x, weight = self.inputs.floats(integers), self._weight[::every] * self._scale[::every].reshape(-1, *axes)
         bias = None if bias is None else bias[::every]
