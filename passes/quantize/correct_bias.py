@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -37,6 +36,7 @@ from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 from fxopt.limits import LIMITS
+from fxopt.passes.quantize.observations import evenly_spread
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.planned_pass import PlannedPass
 from fxopt.passes.quantize.simulate import Simulation, along_channels, run_by_node
@@ -87,7 +87,7 @@ class CorrectBias(PlannedPass):
 
 
 class ChannelMeans:
-    """The means of each channel of each layer of a graph, and of the rectifier behind it, gathered value by value."""
+    """The means of each channel of what is read of each layer of a graph: of itself, or of the rectifier behind it."""
 
     def __init__(self, gm: CapturedModule, target: Target) -> None:
         self._read: dict[str, Site] = {}
@@ -108,7 +108,7 @@ class ChannelMeans:
 
 
 def channel_means(gm: CapturedModule, target: Target, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Return the means of the channels of each layer and rectifier in the float graph, f64[rows, channels] by name."""
+    """Return the means of what is read of each layer in the float graph, f64[rows, channels] by name."""
     means = ChannelMeans(gm, target)
 
     def note(node: torch.fx.Node, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -201,9 +201,7 @@ def _read_node(site: Site) -> torch.fx.Node:
 def _some_positions(site: Site, value: torch.Tensor) -> torch.Tensor:
     """Return what tells how a mean changes: all rows and channels, but of many positions in a row only some."""
     axes = [axis for axis in range(1, value.ndim) if axis != site.channel_axis % value.ndim]
-    positions = math.prod(value.shape[axis] for axis in axes)
-    every = max(1, math.floor((positions / _POSITIONS) ** (1 / max(len(axes), 1))))
-    return value[tuple(slice(None, None, every if axis in axes else 1) for axis in range(value.ndim))]
+    return evenly_spread(value, axes, _POSITIONS)
 
 
 def _applied(calls: Sequence[torch.fx.Node], node: torch.fx.Node, value: torch.Tensor) -> torch.Tensor:

@@ -167,16 +167,18 @@ class EqualizeChannels(Pass):
 
 def power_of_two(wanted: torch.Tensor) -> torch.Tensor:
     """Return the power of two nearest to each number on a logarithmic scale; 1 where it is 0, infinite or NaN."""
-    usable = wanted.isfinite() & (wanted > 0)
-    exponent = torch.where(usable, wanted, 1.0).double().log2().round()
-    return torch.exp2(exponent.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)).float()
+    return torch.exp2(_exponent(wanted).round()).float()
 
 
 def _more_than_a_little(wanted: torch.Tensor) -> torch.Tensor:
     """Return the factors; 1 where a number is next to 1, which ends the sweeps, or 0, infinite or NaN."""
-    usable = wanted.isfinite() & (wanted > 0)
-    exponent = torch.where(usable, wanted, 1.0).double().log2().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+    exponent = _exponent(wanted)
     return torch.exp2(torch.where(exponent.abs() < _LITTLE, 0.0, exponent)).float()
+
+
+def _exponent(wanted: torch.Tensor) -> torch.Tensor:
+    usable = wanted.isfinite() & (wanted > 0)
+    return torch.where(usable, wanted, 1.0).double().log2().clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
 
 
 def _within(factor: torch.Tensor, largest: torch.Tensor, end: float) -> torch.Tensor:

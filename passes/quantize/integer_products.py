@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.args import arg, shape, spread
+from fxopt.passes.quantize.layer_matrix import LayerMatrix
 from fxopt.passes.quantize.placement import Site
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import parameters_of
@@ -39,7 +40,6 @@ _LEAST_TERMS = 2  # with one, neither oneDNN nor torch's own product of matrices
 _MOST_TERMS = 2**31 // (255 * 128)  # of a sum that 32 bits hold, whatever the integers
 _CHECKED = 16  # results of a row, more or less, that are held against floats
 _FEW_CHANNELS, _LONG = 3, 64  # channels, and terms of each, from which on windows are faster as rows
-_BYTES_OF_ROWS = 2**25  # copied at once
 _FLOATS = 1.0, 0, torch.float32
 _CLOSE = 1e-3  # of the largest number: floats round, and what is wrong is far off
 _right: dict[Any, bool] = {}  # kinds of products: whether they were
@@ -171,13 +171,13 @@ class IntegerLayer:
         product: Its product.
         axes: Along which its weight slides.
         any_layout: Whether nobody asks how the result lies in memory.
-        rows: Height and width of its windows, and how they slide, if they are multiplied as rows.
+        rows: The layer as a product of matrices, if its windows are multiplied as rows.
     """
 
     product: IntegerProduct
     axes: int
     any_layout: bool = False
-    rows: tuple[tuple[int, int], Windows] | None = None
+    rows: LayerMatrix | None = None
 
     def __call__(
         self, integers: torch.Tensor, shift: torch.Tensor | None = None, result: IntegerInput | None = None
@@ -185,26 +185,23 @@ class IntegerLayer:
         """Return the result for integers of an input, in its layout; see :class:`IntegerProduct`."""
         if self.axes == 0:
             return self.product(integers.flatten(0, -2).contiguous(), shift, result).reshape(*integers.shape[:-1], -1)
+        found = self._convolved(integers, shift, result)
         if self.axes == 1:
-            return self._convolved(integers.unsqueeze(2), shift, result).squeeze(2).contiguous()
+            return found.contiguous()
         last = integers.is_contiguous(memory_format=torch.channels_last)
         last = last and (self.any_layout or not integers.is_contiguous())  # of one channel it is both
-        layout = torch.channels_last if last else torch.contiguous_format
-        return self._convolved(integers, shift, result).contiguous(memory_format=layout)
+        return found.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def _convolved(self, images: torch.Tensor, shift: torch.Tensor | None, result: IntegerInput | None) -> torch.Tensor:
-        """Return u8[n, in, height, width] behind the convolution."""
-        if self.rows is None:
-            return self.product(images, shift, result)
-        (height, width), (stride, padding, _, _) = self.rows
-        pads = padding[1], padding[1], padding[0], padding[0]
-        padded = F.pad(images, pads, value=self.product.inputs.zero_point) if any(pads) else images
-        windows = padded.unfold(2, height, stride[0]).unfold(3, width, stride[1]).movedim(1, 3)
-        found = [
-            self.product(some.flatten(3).flatten(0, 2), shift, result).unflatten(0, some.shape[:3])
-            for some in windows.split(max(1, _BYTES_OF_ROWS // max(windows[:1].numel(), 1)))
-        ]
-        return torch.cat(found).movedim(-1, 1)
+        """Return the result of a convolution, in any layout."""
+        if self.rows is not None:
+            chunks = self.rows.row_chunks(images, self.product.inputs.zero_point)
+            rows = torch.cat([self.product(some, shift, result) for (some,) in chunks])
+            found: torch.Tensor = rows.unflatten(0, self.rows.places(images)).movedim(-1, 1)
+            return found
+        if self.axes == 1:
+            return self.product(images.unsqueeze(2), shift, result).squeeze(2)
+        return self.product(images, shift, result)
 
 
 def integer_layer(
@@ -243,7 +240,7 @@ def integer_layer(
     if windows is not None and _see_padding_alone(held, windows):
         return None
     if windows is not None and _are_long(held, windows):
-        rows = (held.shape[2], held.shape[3]), windows
+        rows = LayerMatrix.of(site, integers)
         return IntegerLayer(IntegerProduct(quantized, held.flatten(1), scale, bias), axes, any_layout, rows)
     return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes, any_layout)
 

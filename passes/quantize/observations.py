@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.sketch import ValueSketch
 
-__all__ = ["DrawnRows", "Observations", "ObservingPass"]
+__all__ = ["DrawnRows", "Observations", "ObservingPass", "evenly_spread"]
 
 _EACH, _MOST = 64, 2048  # rows of each row of an input, and of a value altogether
 
@@ -62,3 +63,10 @@ class DrawnRows:
     def found(self) -> dict[str, torch.Tensor]:
         """Return what was drawn, f32[rows, channels] by name."""
         return {name: torch.cat(rows) for name, rows in self._drawn.items() if rows}
+
+
+def evenly_spread(value: torch.Tensor, axes: Collection[int], each: int) -> torch.Tensor:
+    """Return a view of a value with ``each`` or a few more of the positions along some axes, evenly spread."""
+    positions = math.prod(value.shape[axis] for axis in axes)
+    every = max(1, math.floor((positions / each) ** (1 / max(len(axes), 1))))
+    return value[tuple(slice(None, None, every if axis in axes else 1) for axis in range(value.ndim))]

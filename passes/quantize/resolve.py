@@ -82,7 +82,7 @@ def resolve_with(
         moments: Of what weights are multiplied by, by the name of the layer; their steps are searched.
     """
     plans = (resolve_activations(plan, sketches, method) for method in methods)
-    return [resolve_weights(gm, found, target, scales, moments or {}) for found in plans]
+    return [resolve_weights(gm, found, target, scales, moments) for found in plans]
 
 
 def open_activations(plan: QuantPlan) -> list[str]:
@@ -169,11 +169,11 @@ def resolve_weights(
     Raises:
         PassError: a weight holds NaN or infinity, or its spec is not symmetric.
     """
+    seen = moments or {}
     for prefix, site in all_sites(gm, target):
         name = None if site.weight is None else prefix + site.weight.name
         if name is not None and name in plan:
-            found = None if prefix or moments is None else moments.get(site.node.name)
-            plan = _with_weight(plan, site, name, prefix, scales, found)
+            plan = _with_weight(plan, site, name, prefix, scales, seen.get(prefix + site.node.name))
     return plan
 
 

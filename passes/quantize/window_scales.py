@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fxopt.graph_module import CapturedModule
-from fxopt.passes.quantize.layer_inputs import LayerMatrix
+from fxopt.passes.quantize.layer_matrix import LayerMatrix
 from fxopt.passes.quantize.layout import input_of
 from fxopt.passes.quantize.placement import Site, integer_sites
 from fxopt.passes.quantize.spec import QuantSpec
@@ -62,24 +62,24 @@ class WindowMoments:
     """The moments of what layers of few terms read, gathered value by value."""
 
     def __init__(self, gm: CapturedModule, target: Target) -> None:
-        self._sites: dict[str, list[Site]] = {}
+        self._layouts: dict[str, list[LayerMatrix]] = {}
         self._known: dict[str, tuple[int, Moments]] = {}
         for site in integer_sites(gm.graph, target, {}):
-            if site.is_layer and _has_few_terms(site):
-                self._sites.setdefault(input_of(site).name, []).append(site)
+            if site.weight is not None and site.is_layer:
+                weight = constant_of(site.weight)
+                if _has_few_terms(site, weight):
+                    self._layouts.setdefault(input_of(site).name, []).append(LayerMatrix.of(site, weight))
 
     def add(self, node: torch.fx.Node, value: Any) -> None:
         """Take in what a node of the graph, or of a copy, yields for one input."""
-        for site in self._sites.get(node.name, []):
-            assert site.weight is not None  # it is a layer
-            layout = LayerMatrix.of(site, constant_of(site.weight))
+        for layout in self._layouts.get(node.name, []):
             rows = layout.some_rows(value, _POSITIONS).float()
             if count := rows.shape[1]:
                 mean = rows.mean(1, keepdim=True)
                 apart = rows - mean
                 spread = torch.bmm(apart.transpose(1, 2), apart).double() / count
                 found = Moments(layout, mean.squeeze(1).double(), spread)
-                self._known[site.node.name] = _together(self._known.get(site.node.name), (count, found))
+                self._known[layout.node.name] = _together(self._known.get(layout.node.name), (count, found))
 
     def found(self) -> dict[str, Moments]:
         """Return the moments by the names of the layers."""
@@ -98,9 +98,7 @@ def _together(some: tuple[int, Moments] | None, others: tuple[int, Moments]) -> 
     return count + more, Moments(first.layout, first.mean + share * apart, covariance)
 
 
-def _has_few_terms(site: Site) -> bool:
-    assert site.weight is not None  # who asks knows a layer
-    weight = constant_of(site.weight)
+def _has_few_terms(site: Site, weight: torch.Tensor) -> bool:
     is_matrix = site.is_convolution or weight.ndim == 2
     return is_matrix and weight.numel() <= _MOST_TERMS * weight.shape[site.kernel.weight_axis]
 

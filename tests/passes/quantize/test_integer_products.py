@@ -9,7 +9,7 @@ from torch import nn
 
 import fxopt
 from fxopt.passes import Quantize
-from fxopt.passes.quantize import integer_products
+from fxopt.passes.quantize import integer_products, layer_matrix
 from fxopt.passes.quantize.correct_bias import channel_means, corrections
 from fxopt.passes.quantize.integer_products import (
     IntegerInput,
@@ -124,7 +124,7 @@ def test_long_windows_are_rows_of_a_matrix_some_images_at_a_time(name, monkeypat
     first = integers.layers[next(iter(integers.layers))]
     assert first.rows is not None
     ((want,), _) = integers.run(samples)
-    monkeypatch.setattr(integer_products, "_BYTES_OF_ROWS", 1)
+    monkeypatch.setattr(layer_matrix, "_CHUNK", 1)
     ((have,), _) = integers.run(samples)
     assert torch.equal(have, want)
 
