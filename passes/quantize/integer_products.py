@@ -3,8 +3,13 @@
     y = scale_x scale_w[channel] * sum((q_x - zero_point) q_w) + b        the sum in 32 bits, without error
 
 oneDNN, which comes with torch, has them for Inductor, and with VNNI they take a third of the time of floats. A
-processor without it adds pairs of products in 16 bits, where the largest integers saturate. One product of these tells,
-and where it is wrong, or the operators are missing, trials multiply floats.
+processor without it adds pairs of products in 16 bits, where the largest integers saturate; one product of these tells.
+There a layer is computed in integers if none of its sums can overflow (``saturation.py``), which the weights of a plan
+for such processors are chosen for. All others, and all where the operators are missing, are multiplied in floats.
+
+Which products are a pair in oneDNN 3 was found on an AMD Zen 3 (AVX2, no VNNI) with two weights of 127 for each result:
+two neighbouring channels, ``(0, 1), (2, 3), ...``, of one position of the kernel, in linear layers and convolutions
+alike; the last of an odd number is alone, so one channel for each group is exact.
 
 Of a few kinds oneDNN computes something else, such as some dilated windows of one channel, and windows that lie in the
 padding altogether. So the first row of each new kind of product is held against floats, and a kind that differs is left
@@ -15,6 +20,7 @@ copied, and multiplied as rows.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 from typing import Any
 
@@ -24,10 +30,11 @@ import torch.nn.functional as F
 from fxopt.args import arg, shape, spread
 from fxopt.passes.quantize.layer_matrix import LayerMatrix
 from fxopt.passes.quantize.placement import Site
+from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import parameters_of
 
-__all__ = ["IntegerInput", "IntegerLayer", "IntegerProduct", "integer_layer", "integer_products_work", "matrix_product"]
+__all__ = ["IntegerInput", "IntegerLayer", "IntegerProduct", "Sums", "integer_layer", "matrix_product", "sums_here"]
 
 aten = torch.ops.aten
 
@@ -48,6 +55,14 @@ _NOTHING_BEHIND: tuple[Any, ...] = ("none", [], "")
 
 Windows = tuple[list[int], list[int], list[int], int]
 """Stride, padding and dilation of a convolution along both axes, and its groups."""
+
+
+class Sums(enum.Enum):
+    """What the sums of a machine's integer products are."""
+
+    EXACT = "right, whatever the integers"
+    PAIRED = "right where no sum of a pair in 16 bits overflows"
+    NONE = "wrong, or there are none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +146,20 @@ class IntegerProduct:
         kind = self._kind(integers, result)
         if not _right.get(kind, True):
             return self._in_floats(integers, bias, result, 1)
-        quantized = integers, self.inputs.scale, self.inputs.zero_point, self._packed, self._scale, self._zeros
-        becomes = _FLOATS if result is None else (result.scale, result.zero_point, torch.uint8)
-        found: torch.Tensor = self._product(*quantized, bias, *self._windows, *becomes, *_NOTHING_BEHIND)
+        found = self.unchecked(integers, bias, result)
         if kind not in _right and len(integers):
             every = max(1, len(self._weight) // _CHECKED) if not self._windows or self._windows[3] == 1 else 1
             _right[kind] = _is_close(found[:1, ::every], self._in_floats(integers[:1], bias, result, every))
             return self(integers, shift, result)
+        return found
+
+    def unchecked(
+        self, integers: torch.Tensor, bias: torch.Tensor | None = None, result: IntegerInput | None = None
+    ) -> torch.Tensor:
+        """Return what oneDNN makes of it, right or wrong; ``bias`` is all of it."""
+        quantized = integers, self.inputs.scale, self.inputs.zero_point, self._packed, self._scale, self._zeros
+        becomes = _FLOATS if result is None else (result.scale, result.zero_point, torch.uint8)
+        found: torch.Tensor = self._product(*quantized, bias, *self._windows, *becomes, *_NOTHING_BEHIND)
         return found
 
     def _kind(self, integers: torch.Tensor, result: IntegerInput | None) -> Any:
@@ -226,23 +248,20 @@ def integer_layer(
     quantized = IntegerInput.of(inputs)
     if site.node.target not in _AXES or quantized is None or integers.dtype != torch.int8 or any(weight.zero_point):
         return None
-    if (
-        not _LEAST_TERMS <= integers[0].numel() <= _MOST_TERMS
-        or integers.device.type != "cpu"
-        or not integer_products_work()
-    ):
+    if not _LEAST_TERMS <= integers[0].numel() <= _MOST_TERMS or integers.device.type != "cpu":
         return None
     axes, dims = _AXES[site.node.target], len(shape(site.node))
     if (dims != axes + 2) if axes else (dims < 2):  # one image, or row, without others beside it
         return None
-    held = integers.unsqueeze(2) if axes == 1 else integers
+    held, rows = integers.unsqueeze(2) if axes == 1 else integers, None
     windows, (scale, _) = _windows(site, axes) if axes else None, parameters_of(weight)
     if windows is not None and _see_padding_alone(held, windows):
         return None
     if windows is not None and _are_long(held, windows):
-        rows = LayerMatrix.of(site, integers)
-        return IntegerLayer(IntegerProduct(quantized, held.flatten(1), scale, bias), axes, any_layout, rows)
-    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes, any_layout)
+        held, rows, windows = held.flatten(1), LayerMatrix.of(site, integers), None
+    if not _is_exact(held, windows, quantized.largest):
+        return None
+    return IntegerLayer(IntegerProduct(quantized, held, scale, bias, windows), axes, any_layout, rows)
 
 
 def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -250,7 +269,7 @@ def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tenso
 
     For a weight that is multiplied once, which is not worth packing.
     """
-    if not integer_products_work() or not _LEAST_TERMS <= rows.shape[1] <= _MOST_TERMS:
+    if not _matrix_products_work() or not _LEAST_TERMS <= rows.shape[1] <= _MOST_TERMS:
         floats: torch.Tensor = inputs.floats(rows) @ (weight * scale[:, None]).t()
         return floats
     sums = torch._int_mm(rows.bitwise_xor(128).view(torch.int8), weight.t())  # of rows less 128
@@ -259,20 +278,47 @@ def matrix_product(rows: torch.Tensor, inputs: IntegerInput, weight: torch.Tenso
 
 
 @functools.cache
-def integer_products_work() -> bool:
-    """Return whether this machine has integer products, and the sums of its largest integers are right."""
+def sums_here() -> Sums:
+    """Return what the sums of this machine's products are: of the largest integers, and of those that fit in pairs."""
     inputs, one = IntegerInput(1.0, 0, 255), torch.ones(())
-    weight, images = torch.full((32, 64, 1, 1), 127, dtype=torch.int8), torch.full((2, 64, 4, 4), 255.0).byte()
-    matrix, rows = weight.flatten(1), images.movedim(1, -1).flatten(0, 2).contiguous()
+    images = torch.full((2, 64, 4, 4), 255, dtype=torch.uint8)
+    rows = images.movedim(1, -1).flatten(0, 2).contiguous()
+
+    def are_right(number: int) -> bool:
+        weight = torch.full((32, 64, 1, 1), number, dtype=torch.int8)
+        convolution = IntegerProduct(inputs, weight, one, windows=([1, 1], [0, 0], [1, 1], 1))
+        found = convolution.unchecked(images), IntegerProduct(inputs, weight.flatten(1), one).unchecked(rows)
+        return all(bool((sums == 64 * 255 * number).all()) for sums in found)
+
     try:
-        found = (
-            IntegerProduct(inputs, weight, one, windows=([1, 1], [0, 0], [1, 1], 1))(images),
-            IntegerProduct(inputs, matrix, one)(rows),
-        )
-        signed = torch._int_mm(matrix, matrix.t())
+        return Sums.EXACT if are_right(127) else Sums.PAIRED if are_right(64) else Sums.NONE
     except (AttributeError, RuntimeError, TypeError):  # no such operator here, or another version of it
+        return Sums.NONE
+
+
+@functools.cache
+def _matrix_products_work() -> bool:
+    if sums_here() is not Sums.EXACT:  # without VNNI torch has a plain loop, which takes 25 times as long as floats
         return False
-    return all(bool((sums == 64 * 255 * 127).all()) for sums in found) and bool((signed == 64 * 127 * 127).all())
+    matrix = torch.full((32, 64), 127, dtype=torch.int8)
+    try:
+        return bool((torch._int_mm(matrix, matrix.t()) == 64 * 127 * 127).all())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _is_exact(weight: torch.Tensor, windows: Windows | None, largest: int) -> bool:
+    """Return whether this machine computes every sum of a product without error, for integers of at most ``largest``.
+
+    Args:
+        weight: i8, as :class:`IntegerProduct` takes it.
+        windows: Those of a convolution.
+        largest: The largest integer of the input.
+    """
+    if sums_here() is not Sums.PAIRED:
+        return sums_here() is Sums.EXACT
+    even = F.pad(weight, (0, 0) * (weight.ndim - 2) + (0, weight.shape[1] % 2))  # pairs end with a position's channels
+    return not bool(can_overflow(even, groups=windows[3] if windows else 1, largest=largest).any())
 
 
 def _onednn(name: str) -> Any:

@@ -17,7 +17,8 @@ one output channel for each two of the K weights, those two 127 (and -128) and t
 - QLinearConv of 1, 2 or 3 axes, pointwise, strided, grouped, in either layout: the same along (position of the kernel,
   input channel of the group), channels fastest. With an odd number of channels a pair spans two positions.
 - QLinearConv where each group has one input and one output channel: exact, on AVX-512 as well. It adds no pairs.
-- Exact in all of these: signed activations, unsigned weights. Exact in itself: ConvInteger.
+- Exact in all of these: signed activations, unsigned weights. Exact in itself: ConvInteger. But ORT's optimizer makes
+  the signed activations of quantizers unsigned from its extended level on, so a file of signed ones is no way out.
 
 A CPU with AVX-512 and no VNNI was not at hand. The source of its kernels (MLAS, ``QgemvU8S8KernelAvx512Common.inc``,
 ``ConvSymKernelAvx512Core.asm``, and the packing shared with AVX2) adds the same pairs. ORT's session option
