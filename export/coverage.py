@@ -47,6 +47,8 @@ class Kernel:
         source: The user's line, "" if the file does not tell.
         reason: Why it is not an integer kernel; "" if it is.
         warning: What ORT did that the model does not ask for; "" for nothing.
+        overflowing: Of how many output channels the sums of two products can overflow 16 bits, which they are added in
+            on x86 CPUs without VNNI: there the file may give other results.
     """
 
     op: str
@@ -57,6 +59,7 @@ class Kernel:
     source: str = ""
     reason: str = ""
     warning: str = ""
+    overflowing: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,11 @@ class CoverageReport:
         }
 
     @property
+    def overflowing(self) -> tuple[Kernel, ...]:
+        """The integer kernels whose sums can overflow on CPUs without VNNI, those of the most channels first."""
+        return tuple(sorted((one for one in self.layers if one.overflowing), key=lambda one: -one.overflowing))
+
+    @property
     def floats(self) -> tuple[Kernel, ...]:
         """The kernels with multiply-accumulates that are not integer ones, the largest first."""
         left = [one for one in self.layers if one.kind != "integer" and one.layer in _HEAVY]
@@ -147,6 +155,11 @@ class CoverageReport:
         if warned := [one for one in self.layers if one.warning]:
             lines.append("warnings:")
             lines += _grouped((f"{one.op}: {one.warning}", _place(one)) for one in warned)
+        if found := self.overflowing:
+            channels = sum(one.overflowing for one in found)
+            lines.append(f"16-bit sums can overflow on CPUs without VNNI, in {channels:,} output channels:")
+            lines += _grouped((one.op, _place(one)) for one in found)
+            lines.append("  try weights of 7 bits in these channels, which fxopt.passes.Quantize chooses by itself")
         lines.append(f"QuantizeLinear and DequantizeLinear left: {len(self.leftover)}")
         lines += _grouped((f"{one.op}: {one.reason}", _place(one)) for one in self.leftover)
         return "\n".join(lines)
@@ -211,7 +224,8 @@ def _layer(runs: KernelRuns) -> Kernel | None:
     macs = sum(kernel.macs(call) for call in runs.calls)
     # ORT's WeightBiasQuantization, which takes any such layer between a DequantizeLinear and a QuantizeLinear.
     warning = _FLOAT_WEIGHT if runs.origin.has_float_weight and node.op_type in ("QLinearConv", "QGemm") else ""
-    return Kernel(node.op_type, layer, kind, macs, runs.origin.name, runs.origin.source, reason, warning)
+    place = runs.origin.name, runs.origin.source
+    return Kernel(node.op_type, layer, kind, macs, *place, reason, warning, runs.overflowing)
 
 
 def _leftover(runs: KernelRuns, origins: Mapping[ir.Node, Origin]) -> Leftover:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from fxopt.errors import ExportError, describe
+from fxopt.export.coverage_overflow import overflowing_channels
 from fxopt.export.coverage_table import Call, Shape
 from fxopt.export.files import OnnxFile, load_model, save_model
 from fxopt.export.finish import bodies_of
@@ -69,12 +70,14 @@ class KernelRuns:
         origin: Where it comes from.
         calls: Its runs; several in a loop, none in a branch that was not taken.
         numbers: Type of its first output, as "uint8".
+        overflowing: Of how many channels 16-bit sums can overflow.
     """
 
     node: ir.Node
     origin: Origin
     calls: list[Call] = dataclasses.field(default_factory=list)
     numbers: str = ""
+    overflowing: int = 0
 
 
 def profiled(
@@ -101,6 +104,8 @@ def profiled(
             raise
         finally:
             events = json.loads(Path(session.ort.end_profiling()).read_text())
+        for runs in kernels:  # here, since weights may lie in a file beside the graph
+            runs.overflowing = overflowing_channels(runs.node)
     constants = _constants(optimized)
     for number, event in _kernel_events(events):
         _record(kernels[number], event["args"], constants)

@@ -20,6 +20,7 @@ import torch
 from fxopt.args import arg, source_line
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import graph_modules
+from fxopt.pair_sums import can_overflow
 from fxopt.pass_base import LossyPass
 from fxopt.passes.quantize.conv_bn import (
     FoldedNorm,
@@ -31,7 +32,6 @@ from fxopt.passes.quantize.conv_bn import (
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.placement import all_sites, integer_sites, move_source, node_names, path_of, place
 from fxopt.passes.quantize.resolve import WeightScales, resolve_weights
-from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.sink_constants import SinkConstants
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import TARGETS, Target

@@ -4,8 +4,8 @@
 
 oneDNN, which comes with torch, has them for Inductor, and with VNNI they take a third of the time of floats. A
 processor without it adds pairs of products in 16 bits, where the largest integers saturate; one product of these tells.
-There a layer is computed in integers if none of its sums can overflow (``saturation.py``), which the weights of a plan
-for such processors are chosen for. All others, and all where the operators are missing, are multiplied in floats.
+There a layer is computed in integers if none of its sums can overflow (``fxopt/pair_sums.py``), which the weights of a
+plan for such processors are chosen for. All others, and all where the operators are missing, are multiplied in floats.
 
 Which products are a pair in oneDNN 3 was found on an AMD Zen 3 (AVX2, no VNNI) with two weights of 127 for each result:
 two neighbouring channels, ``(0, 1), (2, 3), ...``, of one position of the kernel, in linear layers and convolutions
@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.args import arg, shape, spread
+from fxopt.pair_sums import can_overflow
 from fxopt.passes.quantize.layer_matrix import LayerMatrix
 from fxopt.passes.quantize.placement import Site
-from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import parameters_of
 

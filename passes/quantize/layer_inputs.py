@@ -16,12 +16,12 @@ import torch
 from fxopt.args import arg
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import graph_modules
+from fxopt.pair_sums import can_overflow
 from fxopt.passes.quantize.graph_walk import Walk, items_within
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
 from fxopt.passes.quantize.layer_matrix import LayerMatrix
 from fxopt.passes.quantize.layout import Layout, bias_of
 from fxopt.passes.quantize.placement import Site, path_of
-from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import TARGETS
 from fxopt.rewriter import Rewriter

@@ -15,8 +15,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fxopt.pair_sums import can_overflow
 from fxopt.passes.quantize.insert_qdq import weight_integers
-from fxopt.passes.quantize.saturation import avoid_saturation, can_overflow
+from fxopt.passes.quantize.saturation import avoid_saturation
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import channel_scales
 from tests.zoo import weights

@@ -1,6 +1,6 @@
 """Integer kernels in numpy as a CPU without VNNI computes them: products are added in twos, in 16 bits that saturate.
 
-``passes/quantize/saturation.py`` says which two. ``exact=True`` computes the same without the saturation, as VNNI does.
+``fxopt/pair_sums.py`` says which two. ``exact=True`` computes the same without the saturation, as VNNI does.
 """
 
 import platform

@@ -11,12 +11,12 @@ from torch import nn
 import fxopt
 from fxopt import PassError, Rewriter
 from fxopt.numerics import measure
+from fxopt.pair_sums import can_overflow
 from fxopt.passes.quantize.gptq import Gptq, gptq_integers, layer_hessian
 from fxopt.passes.quantize.graph_walk import Walk, items_within
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.layer_inputs import planned_layers
 from fxopt.passes.quantize.quantize import PREPARATION, Quantize
-from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.spec import QuantPlan
 from fxopt.passes.quantize.weights import weight_integers
 from fxopt.testing import check_pass

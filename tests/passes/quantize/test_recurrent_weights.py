@@ -11,9 +11,9 @@ import fxopt
 from fxopt.dynamic_ops import DYNAMIC_LSTM
 from fxopt.export import Session, coverage, to_onnx
 from fxopt.numerics import measure
+from fxopt.pair_sums import can_overflow
 from fxopt.passes import QuantizeDynamic
 from fxopt.passes.quantize.recurrent_weights import row_integers
-from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.quantized_ops import DEQUANTIZE
 from fxopt.testing import check_pass
 from tests.models import LstmNet

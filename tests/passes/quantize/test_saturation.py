@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fxopt.pair_sums import can_overflow, kernel_order, pair_sums
 from fxopt.passes.quantize.insert_qdq import weight_integers
-from fxopt.passes.quantize.saturation import avoid_saturation, can_overflow, kernel_order, pair_sums, proof
+from fxopt.passes.quantize.saturation import avoid_saturation, proof
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import channel_scales
 from tests.passes.quantize import avx2

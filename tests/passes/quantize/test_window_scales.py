@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxopt
+from fxopt.pair_sums import can_overflow
 from fxopt.passes import Quantize
 from fxopt.passes.quantize.placement import integer_sites
 from fxopt.passes.quantize.quantize import PREPARATION
 from fxopt.passes.quantize.resolve import WeightScales
-from fxopt.passes.quantize.saturation import can_overflow
 from fxopt.passes.quantize.simulate import run_by_node
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.target import ORT_CPU
