@@ -12,6 +12,7 @@ from fxopt.report import finite_values
 __all__ = ["BlameReport", "NodeError"]
 
 _SHOWN = 12  # lines of a printed report
+_OVERFLOW = "can overflow there on CPUs without VNNI; try weights of 7 bits"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class NodeError:
         total: Error where it starts from its own values; None where the shapes differ.
         problem: Why the local error is more than rounding; None if it is not.
         value: Name of the value in the model.
+        overflowing: Of how many channels of these operators 16-bit sums can overflow on CPUs without VNNI.
     """
 
     node: str
@@ -41,6 +43,7 @@ class NodeError:
     total: Errors | None
     problem: str | None
     value: str = ""
+    overflowing: int = 0
 
     @property
     def inherited_share(self) -> float:
@@ -105,6 +108,9 @@ class BlameReport:
             lines.append(f"{len(self.guilty)} {verb} something else than {wanted}, on inputs that are right:")
             for value in self.guilty[:_SHOWN]:
                 lines += [f"  {value}", f"    {value.problem}; computed by {', '.join(value.operators)}"]
+                if value.overflowing:
+                    channels = "1 channel" if value.overflowing == 1 else f"{value.overflowing:,} channels"
+                    lines.append(f"    16-bit sums of {channels} {_OVERFLOW}")
             if len(self.guilty) > _SHOWN:
                 lines.append(f"  and {len(self.guilty) - _SHOWN} more")
             return "\n".join(lines)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 
 from fxopt.export.blame_report import NodeError
+from fxopt.export.coverage_overflow import overflowing_channels
 from fxopt.export.slices import Slice, Slicer
 from fxopt.numerics import Errors, measure
 
@@ -100,6 +101,7 @@ class Comparison:
                 total=_errors(want, total),
                 value=str(value.name),
                 problem=judge(part, dict(zip(read, given.values(), strict=True)), want, local),
+                overflowing=sum(map(overflowing_channels, part.nodes)),
             )
         )
         self.take(value, want, total)

@@ -19,6 +19,7 @@ from fxopt.errors import ExportError, InputError
 from fxopt.export import bench, blame, to_onnx
 from tests.export.faults import faults
 from tests.models.randomized import randomized
+from tests.passes.quantize import avx2
 from tests.tools.viz.foreign_files import NAMES, foreign, parsed
 
 pytestmark = pytest.mark.ort
@@ -86,6 +87,33 @@ def test_a_foreign_file_is_compared_with_what_ort_makes_of_it(name, tmp_path):
     assert len(report.values) >= 1
     assert report.first is None
     assert bench([path], runs=2, memory=False).files[0].median_ms > 0
+
+
+PAIRS = """
+quantized (float[2, 4] a) => (float[2, 2] y)
+<float one = {1.0}, float large = {512.0}, uint8 zero = {0}, int8 middle = {0},
+ int8[4, 2] w = {127, 1, 127, 1, 0, 0, 0, 0}>
+{
+    q = QuantizeLinear(a, one, zero)
+    x = DequantizeLinear(q, one, zero)
+    held = DequantizeLinear(w, one, middle)
+    p = MatMul(x, held)
+    r = QuantizeLinear(p, large, zero)
+    y = DequantizeLinear(r, large, zero)
+}
+"""
+
+
+def test_a_kernel_whose_sums_overflow_here_is_named_with_the_reason():
+    file = parsed(PAIRS).SerializeToString()
+    report = blame(file, None, (torch.full((2, 4), 255.0),), optimization="extended")
+    assert {value.value: value.overflowing for value in report.values} == {"q": 0, "r": 1, "y": 0}
+    assert [row["overflowing"] for row in report.to_dict()["values"]] == [0, 1, 0]
+    if avx2.oracle_missing() is None:
+        assert [value.value for value in report.guilty] == ["r"]
+        assert "16-bit sums of 1 channel can overflow there" in str(report)
+    else:
+        assert report.first is None
 
 
 def test_at_least_twenty_foreign_files_are_compared():
