@@ -2,9 +2,9 @@
 
 Unsigned activations and signed weights are multiplied by ``vpmaddubsw``: two neighbouring products are added in 16
 bits, and a sum outside [-32768, 32767] becomes the end of that range. One product always fits. Two of opposite sign do,
-too. So a channel is safe if the positive weights of each pair sum to at most ``32767 // largest``,
-and the negative ones to at least ``-(32768 // largest)``, for the largest activation that occurs. For 255 both are 128,
-which is what makes 7 bits safe.
+too. So a channel is safe if the positive weights of each pair sum to at most ``32767 // largest``, and the negative
+ones to at least ``-(32768 // largest)``, for the largest activation that occurs. For 255 both are 128, which is what
+makes 7 bits safe.
 
 Which integers are neighbours, and in which kernels, for ONNX Runtime 1.32. Found on an AMD Zen 3 (AVX2, no VNNI) with
 one output channel for each two of the K weights, those two 127 (and -128) and the others 0, and activations of 255;

@@ -67,6 +67,18 @@ def test_columns_of_a_matrix_are_counted(op, attributes, axis):
     assert layer.overflowing == 2
 
 
+@pytest.mark.parametrize(("kind", "count"), [("int8", 0), ("uint8", 2)])
+def test_an_integer_product_written_as_such_is_exact_for_signed_activations(kind, count):
+    graph = Graph()
+    one, zero = graph.constant(np.float32(1)), graph.constant(np.array(0, kind))
+    steps = graph.op("QuantizeLinear", graph.input(3, 12), one, zero)
+    weight = planted(12, 6, axis=1, channels=(2, 5))
+    given = graph.constant(weight), one, graph.constant(np.int8(0)), one, zero
+    y = graph.op("DequantizeLinear", graph.op("QLinearMatMul", steps, one, zero, *given), one, zero)
+    (layer,) = coverage(graph.model(y)).layers
+    assert (layer.op, layer.overflowing) == ("QLinearMatMul", count)
+
+
 def test_unsigned_weights_and_floats_cannot_overflow():
     graph = Graph()
     weight = dequantized(graph, np.full((8, 8, 3, 3), 255, np.uint8), 0)
