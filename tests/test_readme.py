@@ -4,11 +4,11 @@ import importlib.util
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import fxopt
 from fxopt.passes import DEFAULT, PASSES
@@ -188,10 +188,11 @@ def test_commands_run(folder):
     commands = [shlex.split(line) for line in COMMANDS.splitlines()]
     named = ("optimize", "validate", "passes", "optimize", "blame", "bench", "bundle", "verify", "demo")
     assert [command[:2] for command in commands] == [["fxopt", name] for name in named]
-    for command in commands[:-1]:  # tests/tools/test_demo.py runs the demo
-        code = "import sys; from fxopt.tools.cli import main; sys.exit(main())"
-        done = subprocess.run([sys.executable, "-c", code, *command[1:]], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    from fxopt.tools.cli import app
+
+    for command in commands[:-1]:  # tests/tools/test_demo.py runs the demo, and test_cli.py the program as a whole
+        done = CliRunner().invoke(app, command[1:], prog_name="fxopt")
+        assert done.exit_code == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}\n{done.exception!r}"
     assert (folder / "small.onnx").exists()
 
 
