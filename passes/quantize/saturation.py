@@ -2,7 +2,8 @@
 
 ``fxopt/pair_sums.py`` says what is added in 16 bits, and in which kernels. Most channels of 8-bit weights have some
 pair that does not fit, but few are twice as far: a scale raised by a third on average is enough (``python -m
-tests.bench saturation_table``).
+tests.bench saturation_table``). A mobilenetv2 with a score of 0.920 in floats keeps 0.918 on an AMD Zen 3 without VNNI,
+and 0.638 without such scales (``python -m tests.bench saturation_in_ort``).
 """
 
 from __future__ import annotations

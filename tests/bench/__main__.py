@@ -31,6 +31,7 @@ BENCHMARKS = {
     "prune_scaling": "time to find what can be pruned, to mask and to shrink, for 100 to 10,000 nodes",
     "qat_digits": "few bits on real digits: quantized after training, and trained with quantizers",
     "saturation_table": "what safety from 16-bit saturation costs real weights, against 7 bits for all",
+    "saturation_in_ort": "trained nets in ORT on this CPU, with sums of 16 bits that can overflow and without",
     "select_cost": "a small branch in ORT against computing both sides and selecting",
     "quantization": "int8 beside the peers: score, error, latency, integer kernels, time and memory",
     "quantization_budget": "int8 where the score may fall by 0.003: layers that stay float, score, speed",

@@ -61,11 +61,12 @@ def with_fxopt(
     dynamic_shapes: dict[str, Any],
     path: Path,
     recipe: Recipe = "auto",
+    no_saturation: bool = True,
 ) -> None:
     """Quantize with fxopt's own pass."""
     gm = fxopt.optimize(
         model,
-        passes=[*fxopt.passes.DEFAULT, fxopt.passes.Quantize(recipe=recipe)],
+        passes=[*fxopt.passes.DEFAULT, fxopt.passes.Quantize(recipe=recipe, no_saturation=no_saturation)],
         modes="current",  # the peers trace evaluation alone, too
         example_inputs=example,
         dynamic_shapes=dynamic_shapes,

@@ -3,7 +3,8 @@
 8-bit symmetric weights, one scale a channel. SQNR is the mean over channels of the error of their weights alone: a
 factor on a channel, such as BatchNorm's once it is folded, changes neither it nor which channels can overflow. Three
 ways to make every channel safe: 7 bits for all, as ORT's ``reduce_range``; 7 bits for the channels that can overflow;
-and the smallest scale for those, as ``fxopt.passes.quantize.saturation`` finds it.
+and the smallest scale for those, as ``fxopt.passes.quantize.saturation`` finds it. ``saturation_in_ort`` runs whole
+nets.
 """
 
 from __future__ import annotations
