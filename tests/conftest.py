@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the programs that they start
 
 
 def pytest_collectstart(collector: pytest.Collector) -> None:
