@@ -172,7 +172,7 @@ KERNELS: dict[str, KernelType] = {
     "RNN": KernelType("recurrent", False, _recurrent),
     "LSTM": KernelType("recurrent", False, _recurrent),
     "GRU": KernelType("recurrent", False, _recurrent),
-    "DynamicQuantizeLSTM": KernelType("recurrent", True, _recurrent),
+    "DynamicQuantizeLSTM": KernelType("recurrent", True, _recurrent, (0, 1, 2)),
     "Add": KernelType("add", False, _none),
     "QLinearAdd": KernelType("add", True, _none, (0, 3)),
     "SkipLayerNormalization": KernelType("add", False, _none),

@@ -1,6 +1,5 @@
 """The code of README.md runs as it is printed, and what the page says of commands and names is so."""
 
-import importlib.util
 import pathlib
 import re
 import shlex
@@ -12,6 +11,7 @@ from typer.testing import CliRunner
 
 import fxopt
 from fxopt.passes import DEFAULT, PASSES
+from fxopt.tools.cli import app
 from tests.distributed.launch import torchrun
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -183,13 +183,9 @@ def test_ledger_example_measures_every_step(folder, capsys):
 
 @pytest.mark.ort
 def test_commands_run(folder):
-    if importlib.util.find_spec("fxopt.tools.cli") is None:
-        pytest.skip("the command line is not written yet")
     commands = [shlex.split(line) for line in COMMANDS.splitlines()]
     named = ("optimize", "validate", "passes", "optimize", "blame", "bench", "bundle", "verify", "demo")
     assert [command[:2] for command in commands] == [["fxopt", name] for name in named]
-    from fxopt.tools.cli import app
-
     for command in commands[:-1]:  # tests/tools/test_demo.py runs the demo, and test_cli.py the program as a whole
         done = CliRunner().invoke(app, command[1:], prog_name="fxopt")
         assert done.exit_code == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}\n{done.exception!r}"

@@ -1,9 +1,10 @@
-"""Small ONNX graphs in QDQ form, made node by node."""
+"""Small ONNX graphs in QDQ form, made node by node, and what ORT's quantizer makes them of."""
 
 from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 RANDOM = np.random.default_rng(0)
@@ -48,6 +49,38 @@ class Graph:
         return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
+_PRODUCT = """
+<ir_version: 10, opset_import: ["" : 21]>
+quantized (float[rows, terms] a) => (float[rows, columns] y)
+<float one = {{1.0}}, float large = {{512.0}}, {kind} zero = {{{zero}}}>
+{{
+    q = QuantizeLinear(a, one, zero)
+    x = DequantizeLinear(q, one, zero)
+    held = DequantizeLinear(w, one)
+    p = MatMul(x, held)
+    r = QuantizeLinear(p, large, zero)
+    y = DequantizeLinear(r, large, zero)
+}}
+"""
+
+
+def product(weight: np.ndarray, kind: str) -> bytes:
+    """Return a product of 0 to 255 in steps of 1 with i8[terms, columns], in steps of 512 from 0 on."""
+    model = onnx.parser.parse_model(_PRODUCT.format(kind=kind, zero=np.iinfo(kind).min))
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    return model.SerializeToString()
+
+
 def conv(graph: Graph, x: str) -> str:
     """Return a convolution from 8 channels to 8 with quantized weights."""
     return graph.op("Conv", x, graph.weight(8, 8, 3, 3), pads=[1] * 4)
+
+
+class Calibration:
+    """One batch of inputs for ORT's quantizer."""
+
+    def __init__(self, name: str, batch: torch.Tensor) -> None:
+        self.batches = iter([{name: batch.numpy()}])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.batches, None)

@@ -18,6 +18,7 @@ from fxopt.contracts import Contract
 from fxopt.errors import ExportError, InputError
 from fxopt.export import bench, blame, to_onnx
 from tests.export.faults import faults
+from tests.export.qdq_graph import Calibration, product
 from tests.models.randomized import randomized
 from tests.passes.quantize import avx2
 from tests.tools.viz.foreign_files import NAMES, foreign, parsed
@@ -64,19 +65,11 @@ def by_torch(tmp_path_factory):
     return path
 
 
-class _Data(quantization.CalibrationDataReader):
-    def __init__(self) -> None:
-        self.left = [{"x": IMAGES.numpy()}]
-
-    def get_next(self):
-        return self.left.pop() if self.left else None
-
-
 @pytest.fixture(scope="module")
 def by_ort(by_torch):
     """Let ORT quantize the file that torch wrote; it leaves out each ReLU in front of a quantizer."""
     path = by_torch.with_name("quantized.onnx")
-    quantization.quantize_static(by_torch, path, _Data(), per_channel=True)
+    quantization.quantize_static(by_torch, path, Calibration("x", IMAGES), per_channel=True)
     return path
 
 
@@ -89,23 +82,8 @@ def test_a_foreign_file_is_compared_with_what_ort_makes_of_it(name, tmp_path):
     assert bench([path], runs=2, memory=False).files[0].median_ms > 0
 
 
-PAIRS = """
-quantized (float[2, 4] a) => (float[2, 2] y)
-<float one = {1.0}, float large = {512.0}, uint8 zero = {0}, int8 middle = {0},
- int8[4, 2] w = {127, 1, 127, 1, 0, 0, 0, 0}>
-{
-    q = QuantizeLinear(a, one, zero)
-    x = DequantizeLinear(q, one, zero)
-    held = DequantizeLinear(w, one, middle)
-    p = MatMul(x, held)
-    r = QuantizeLinear(p, large, zero)
-    y = DequantizeLinear(r, large, zero)
-}
-"""
-
-
 def test_a_kernel_whose_sums_overflow_here_is_named_with_the_reason():
-    file = parsed(PAIRS).SerializeToString()
+    file = product(np.array([[127, 1], [127, 1], [0, 0], [0, 0]], np.int8), "uint8")
     report = blame(file, None, (torch.full((2, 4), 255.0),), optimization="extended")
     assert {value.value: value.overflowing for value in report.values} == {"q": 0, "r": 1, "y": 0}
     assert [row["overflowing"] for row in report.to_dict()["values"]] == [0, 1, 0]

@@ -17,7 +17,7 @@ import fxopt
 from fxopt.export import CoverageReport, coverage, optimized_model, to_onnx
 from fxopt.export.coverage_table import KERNELS, Call
 from tests.export.proof import captured
-from tests.export.qdq_graph import RANDOM, Graph, conv
+from tests.export.qdq_graph import RANDOM, Calibration, Graph, conv
 
 pytestmark = pytest.mark.ort
 
@@ -201,16 +201,6 @@ def test_share_is_by_multiply_accumulates_not_by_kernels():
     assert [(one.op, one.reason, one.macs) for one in report.floats] == [
         ("Conv", "its weight is not quantized", 25 * 16 * 9)
     ]
-
-
-class Calibration:
-    """One batch of inputs for ORT's quantizer."""
-
-    def __init__(self, name: str, batch: torch.Tensor) -> None:
-        self.batches = iter([{name: batch.numpy()}])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self.batches, None)
 
 
 @pytest.mark.slow

@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from onnxruntime import quantization
 from torch import nn
 
 import fxopt
 from fxopt.export import coverage, to_onnx
 from fxopt.passes import Quantize, QuantizeDynamic
-from tests.export.qdq_graph import Graph
+from tests.export.qdq_graph import Calibration, Graph
 
 pytestmark = pytest.mark.ort
 MS = "com.microsoft"
@@ -128,20 +129,14 @@ def test_the_report_names_places_and_says_what_to_try():
 
 
 def test_files_of_ort_overflow_and_those_of_fxopt_do_not(tmp_path):
-    quantization = pytest.importorskip("onnxruntime.quantization")
     torch.manual_seed(1)
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU()).eval()
     x = torch.randn(4, 3, 12, 12)
     gm = fxopt.optimize(net, None, (x,), modes="current", check="off")
     to_onnx(gm, tmp_path / "float.onnx", validate=False)
-
-    class Data(quantization.CalibrationDataReader):
-        left = iter([{"input_1": x.numpy()}])
-
-        def get_next(self):
-            return next(self.left, None)
-
-    quantization.quantize_static(tmp_path / "float.onnx", tmp_path / "theirs.onnx", Data(), per_channel=True)
+    quantization.quantize_static(
+        tmp_path / "float.onnx", tmp_path / "theirs.onnx", Calibration("input_1", x), per_channel=True
+    )
     mine = fxopt.optimize(net, [Quantize()], (x,), calibration=[(x,)], modes="current", check="off")
     to_onnx(mine, tmp_path / "mine.onnx", validate=False)
     theirs, ours = (coverage(tmp_path / name) for name in ("theirs.onnx", "mine.onnx"))

@@ -15,6 +15,7 @@ from fxopt.passes.quantize.insert_qdq import weight_integers
 from fxopt.passes.quantize.saturation import avoid_saturation
 from fxopt.passes.quantize.spec import QuantSpec
 from fxopt.passes.quantize.weights import channel_scales
+from tests.export import qdq_graph
 from tests.passes.quantize import avx2
 
 MISSING = avx2.oracle_missing()
@@ -240,28 +241,11 @@ def test_ort_is_exact_with_the_raised_scales_and_was_not_before():
     assert wrong[1] == 0
 
 
-SIGNED = """
-<ir_version: 10, opset_import: ["" : 21]>
-quantized (float[2, 4] a) => (float[2, 3] y)
-<float one = {1.0}, float large = {512.0}, int8 zero = {-128}, int8 middle = {0}>
-{
-    q = QuantizeLinear(a, one, zero)
-    x = DequantizeLinear(q, one, zero)
-    held = DequantizeLinear(w, one, middle)
-    p = MatMul(x, held)
-    r = QuantizeLinear(p, large, middle)
-    y = DequantizeLinear(r, large, middle)
-}
-"""
-
-
 def test_signed_activations_of_a_file_saturate_since_ort_makes_them_unsigned():
     found = {}
     for number in (64, 127):
-        model = onnx.parser.parse_model(SIGNED)
-        model.graph.initializer.append(numpy_helper.from_array(np.full((4, 3), number, i8), "w"))
+        file = qdq_graph.product(np.full((4, 3), number, i8), "int8")
         rows = torch.tensor([[255.0, 255, 0, 0], [255, 0, 255, 0]])  # a pair, and two halves of pairs
-        file = model.SerializeToString()
         plain, fused = (Session(file, optimization=level).run([rows])[0] for level in ("none", "extended"))
         found[number] = ((plain - fused) / 512).abs().amax(1).tolist()
     assert found == {64: [0, 0], 127: [round(2 * 127 * 255 / 512) - round(32767 / 512), 0]}
