@@ -5,9 +5,13 @@
 3. Else the widths of least noise for their cost are computed, for all costs. Those are kept, by another simulation,
    that are better than whatever is cheaper, and of these the cheapest within the budget is looked for. The noise only
    orders the choices; the metric of the true graph decides.
+4. A metric of few examples, or of one output of several, need not fall with the noise. If no choice so far is within
+   the budget, or none that saves three quarters of what integers everywhere would, the metric itself is asked about
+   each layer quantized alone, or each of 16 parts if there are more layers. Its falls are taken to add up, and the
+   cheapest choice that should be within the budget is tried first.
 
 What is returned was measured: the graph that the metric saw is the graph that the pass makes. Every try is in the
-ledger. At most eight calls of the metric.
+ledger. At most eight calls of the metric, and at most 22 more for step 4.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_no
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.trials import Candidate
+from fxopt.passes.quantize.width_tries import WidthTries, decibels
 from fxopt.rewriter import Rewriter
 
 __all__ = ["DEFAULT_WIDTHS", "Budget", "WidthSearch"]
@@ -44,8 +49,6 @@ DEFAULT_WIDTHS: tuple[Width, ...] = (8, FLOAT)
 """What ONNX Runtime has kernels of its own for on a CPU."""
 
 _ROWS = 16  # of calibration inputs that the sensitivities are measured on
-_MOST_TRIES = 7  # calls of the metric, besides that on the float graph
-_REACH = 3  # the first tries are the 3rd, 9th, 27th and last of at most 64 choices
 _NAMED = 12  # layers that a line of the ledger names
 _ROUNDING = 2.0**-22  # relative; a metric that is a mean in 32 bits must not miss the budget by its last bit
 
@@ -160,10 +163,13 @@ class WidthSearch:
         least = reference - self.budget.max_drop
         self.ledger.append(f"float: metric {reference:.6g}; the budget allows {least:.6g}")
         table = self._table()
-        tries = _Tries(self, table, least - _ROUNDING * abs(reference))
-        if (found := tries.measure(table.cheapest())) is None:
-            found = tries.find(self._quieter(table))
-        if found is None:
+        slack = _ROUNDING * abs(reference)
+        tries = WidthTries(table, self._graph_of, self.budget.metric, least - slack, self.ledger)
+        if not tries.measure(table.cheapest()):
+            tries.find(self._quieter(table))
+            if tries.dear:
+                tries.find_by_metric(reference)
+        if (found := tries.found) is None:
             raise PassError(self._failure(tries, reference, least))
         return found
 
@@ -185,6 +191,9 @@ class WidthSearch:
             specs[name] = kept
         plan = QuantPlan(specs, base.notes)
         return resolve_weights(self.gm, plan, self.target, self._scales)
+
+    def _graph_of(self, widths: Mapping[str, Width]) -> tuple[Candidate, CapturedModule]:
+        return self.candidate(self.plan_for(widths))
 
     def candidate(self, plan: QuantPlan) -> tuple[Candidate, CapturedModule]:
         """Return a plan with its bias corrections, if the recipe has any, and the integer graph of both."""
@@ -244,7 +253,7 @@ class WidthSearch:
                     noise[name][width] = 10 ** (-signal_to_noise(want, self._outputs(plan)) / 10)
         worst = sorted(names, key=lambda name: -max(noise[name].values()))[:_NAMED]
         self.ledger.append(
-            "noise of a layer alone: " + ", ".join(f"{name} {_decibels(max(noise[name].values()))}" for name in worst)
+            "noise of a layer alone: " + ", ".join(f"{name} {decibels(max(noise[name].values()))}" for name in worst)
         )
         return WidthTable.of(
             names, self.budget.widths,
@@ -263,7 +272,7 @@ class WidthSearch:
         kept: list[tuple[int, ...]] = []
         best = -math.inf
         for choice in dict.fromkeys((table.cheapest(), *table.frontier())):
-            if all(table.widths[index] == FLOAT for index in choice):
+            if not table.quantizes(choice):
                 continue
             widths = table.named(choice)
             ratio = signal_to_noise(want, self._outputs(self.plan_for(widths)))
@@ -287,7 +296,7 @@ class WidthSearch:
             self._means = channel_means(self.gm, self.target, self._samples)
         return self._means
 
-    def _failure(self, tries: _Tries, reference: float, least: float) -> str:
+    def _failure(self, tries: WidthTries, reference: float, least: float) -> str:
         return describe(
             "no choice of widths that quantizes anything is within the accuracy budget",
             got=f"metric {tries.best:.6g} at best, in {tries.count} tries of widths "
@@ -296,46 +305,6 @@ class WidthSearch:
             try_="a larger max_drop, recipe='accurate', more calibration inputs"
             + ("" if FLOAT in self.budget.widths else f", or {FLOAT!r} among the widths"),
         )
-
-
-class _Tries:
-    """Measures choices with the user's metric, and writes them down."""
-
-    def __init__(self, search: WidthSearch, table: WidthTable, least: float) -> None:
-        self.search, self.table, self.least = search, table, least
-        self.count, self.best = 0, -math.inf
-
-    def measure(self, choice: Sequence[int]) -> Candidate | None:
-        """Return the candidate of a choice if it is within the budget."""
-        self.count += 1
-        table, search = self.table, self.search
-        widths = table.named(choice)
-        candidate, graph = search.candidate(search.plan_for(widths))
-        value = measured(search.budget.metric, graph, f"try {self.count}")
-        cost, noise = table.total(choice)
-        self.best = max(self.best, value)
-        meets = value >= self.least
-        search.ledger.append(
-            f"try {self.count}: {_summary(widths)}; noise {_decibels(noise)} by the model, cost {100 * cost:.1f} % of "
-            f"float: metric {value:.6g}, {'within' if meets else 'below'} the budget"
-        )
-        return candidate if meets else None
-
-    def find(self, choices: Sequence[Sequence[int]]) -> Candidate | None:
-        """Return the candidate of the cheapest choice that was found within the budget.
-
-        The first tries are near the cheap end, since few layers are fragile in most models, and since a metric of few
-        examples may fall where noise does. If none is within the budget, the quietest choice was tried, too.
-        """
-        low, high, reach, found = 0, len(choices), _REACH, None
-        while low < high and self.count < _MOST_TRIES:
-            middle = min(reach, len(choices)) - 1 if found is None else (low + high) // 2
-            candidate = self.measure(choices[middle])
-            if candidate is None:
-                low, reach = middle + 1, reach * _REACH
-            else:
-                high, found = middle, candidate
-        return found
 
 
 def _layers(gm: CapturedModule, plan: QuantPlan, target: Target) -> Iterator[_Layer]:
@@ -356,17 +325,3 @@ def _names(prefix: str, site: Site) -> list[str]:
     """Return the names by which :func:`place` knows a call."""
     weight = [] if site.weight is None else [prefix + site.weight.name, str(site.weight.target)]
     return [prefix + site.node.name, *weight, module_path(site.node)]
-
-
-def _decibels(power: float) -> str:
-    return f"{10 * math.log10(power):.1f} dB" if power > 0 else "none"
-
-
-def _summary(widths: Mapping[str, Width]) -> str:
-    """Return how many layers have each width, with the names of those in float."""
-    counts = Counter(widths.values())
-    told = [f"{count} layers {width}{'' if width == FLOAT else ' bits'}" for width, count in counts.most_common()]
-    floats = [name for name, width in widths.items() if width == FLOAT]
-    if floats:
-        told.append(f"float are {', '.join(floats[:_NAMED])}{', ...' if len(floats) > _NAMED else ''}")
-    return ", ".join(told)

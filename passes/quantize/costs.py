@@ -112,9 +112,17 @@ class WidthTable:
         """Return the cheapest width of each layer, as its number in ``widths``."""
         return tuple(int(index) for index in self.cost.argmin(1))
 
+    def quietest(self) -> tuple[int, ...]:
+        """Return the width of least noise of each layer, the cheapest of several, as its number in ``widths``."""
+        return tuple(int(np.lexsort((cost, noise))[0]) for cost, noise in zip(self.cost, self.noise, strict=True))
+
     def named(self, choice: Sequence[int]) -> dict[str, Width]:
         """Return the width of each layer by name."""
         return {name: self.widths[index] for name, index in zip(self.layers, choice, strict=True)}
+
+    def quantizes(self, choice: Sequence[int]) -> bool:
+        """Return whether a choice leaves not all layers float."""
+        return any(self.widths[index] != FLOAT for index in choice)
 
     def total(self, choice: Sequence[int]) -> tuple[float, float]:
         """Return cost and noise power of a choice."""

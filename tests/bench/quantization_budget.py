@@ -2,7 +2,8 @@
 
     python -m tests.bench quantization_budget [--quick]
 
-Nets, data and columns are those of ``quantization.py``: the score is that of ONNX Runtime on the file, layers are
+Nets, data and columns are those of ``quantization.py``: the score is that of ONNX Runtime on the file and the metric
+of the search is that score, so it says what a budget keeps, not what the score of other data will be. Layers are
 weighed by their measured times (``fxopt.export.layer_costs``), and speed is the median over runs in turn with the
 float file, one thread. Seconds are those of the search, which calls the score several times.
 """
