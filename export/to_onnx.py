@@ -19,8 +19,9 @@ from fxopt.export.files import ExternalData, OnnxFile, check_target
 from fxopt.export.guards import GUARD_OUTPUT, has_guards
 from fxopt.export.translate import translate
 from fxopt.export.validate import ValidationReport, validate_file
+from fxopt.freeze import frozen
 from fxopt.graph_module import CapturedModule, graph_modules
-from fxopt.ops import UPDATE_BUFFER
+from fxopt.ops import SELECT_MODE, UPDATE_BUFFER
 from fxopt.quantized_ops import FAKE_QUANTIZE
 from fxopt.training_ops import FAKE_QUANTIZE_BIAS, LEARNED_SCALE, NORM_BIAS
 
@@ -41,7 +42,7 @@ _TRAINING = {
     _aten.batch_norm.default: "training",
     _aten.rrelu.default: "training",
     UPDATE_BUFFER: "active",
-    torch.ops.fxopt.select_mode.default: "training",
+    SELECT_MODE: "training",
 }
 _FAKE_QUANTIZERS = frozenset({FAKE_QUANTIZE, FAKE_QUANTIZE_BIAS, LEARNED_SCALE, NORM_BIAS})
 
@@ -102,11 +103,12 @@ def to_onnx(
     target = None if path is None else check_target(path)
     gm = _as_captured(model, example_inputs, dynamic_shapes)
     _refuse_fake_quantizers(gm)
-    _refuse_training(gm)
+    evaluation = _for_evaluation(gm)
+    _refuse_training(evaluation)
     names = list(output_names) if output_names is not None else list(gm.output_names)
     guard_name = GUARD_OUTPUT if guards == "output" and has_guards(gm) else None
     ir_model = translate(
-        gm,
+        evaluation,
         opset=opset,
         input_names=input_names,
         output_names=names,
@@ -154,6 +156,12 @@ def _refuse_fake_quantizers(gm: CapturedModule) -> None:
                         try_='fxopt.optimize(graph.eval(), ["convert-qat"]), and export the graph that it returns',
                     )
                 )
+
+
+def _for_evaluation(gm: CapturedModule) -> CapturedModule:
+    """Return the graph without what only training computes: no file can hold a dropout, not even one that is unread."""
+    selects = any(node.target is SELECT_MODE for module in graph_modules(gm) for node in module.graph.nodes)
+    return frozen(gm) if selects and not gm.training else gm
 
 
 def _refuse_training(gm: CapturedModule) -> None:

@@ -95,6 +95,42 @@ def test_train_mode_is_refused_with_the_line():
     assert "try     call .eval() on the graph before the export" in message
 
 
+class DropsOnlyInTraining(nn.Module):
+    """A model of its own branch on the mode, and one of torch's: attention weights are dropped in training alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x):
+        y, weights = self.attention(x, x, x)
+        return (torch.bernoulli(y.abs().clamp(0, 1)) if self.training else y * 2), weights
+
+
+def test_what_only_training_computes_is_not_in_the_file():
+    x = torch.randn(2, 5, 8)
+    gm = fxopt.capture(DropsOnlyInTraining().eval(), (x,))
+    before = str(gm.graph)
+    file = to_onnx(gm)
+    assert {node.op_type for node in file.model.graph}.isdisjoint({"Dropout", "Bernoulli", "RandomUniformLike"})
+    assert str(gm.graph) == before  # and it still trains
+    assert gm.modes == "both"
+    with pytest.raises(fxopt.ExportError, match="the graph is in train mode"):
+        to_onnx(gm.train())
+
+
+def test_a_branch_of_training_without_randomness_is_refused_too():
+    class Scaled(nn.Module):
+        def forward(self, x):
+            return x * 2 if self.training else x * 3
+
+    gm = fxopt.capture(Scaled().eval(), (X,))
+    assert to_onnx(gm).validation is not None
+    with pytest.raises(fxopt.ExportError, match="the graph is in train mode"):
+        to_onnx(gm.train())
+
+
 def test_a_buffer_that_is_written_in_evaluation_is_refused():
     class Counting(nn.Module):
         def __init__(self):
