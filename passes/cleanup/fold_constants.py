@@ -4,11 +4,12 @@
     after:   y = add(x, folded)
 
 Exact: the same kernel computes the same bits now as later, and the result keeps its strides, so that the kernels that
-read it do the same too. Trainable parameters are not constants, nor are buffers that the graph writes; random calls and
-calls with effects stay. What the model returns stays a call as well: the caller may write into it, and must not write
-into the constant. A result that is much larger than what it is made from stays, so that an ``expand`` does not blow up
-the file, and a weight that is stored as integers stays one. A size that is known (``sym_size`` of a fixed axis) becomes
-a number.
+read it do the same too. Trainable parameters are no constants, unless they are asked to be: then it is exact up to
+rounding, since some kernels are chosen by whether a weight wants a gradient. Nor are buffers that the graph writes;
+random calls and calls with effects stay. What the model returns stays a call as well: the caller may write into it, and
+must not write into the constant. A result that is much larger than what it is made from stays, so that an ``expand``
+does not blow up the file, and a weight that is stored as integers stays one. A size that is known (``sym_size`` of a
+fixed axis) becomes a number.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class FoldConstants(Pass):
     """
 
     name: ClassVar[str] = "fold-constants"
-    contract: ClassVar[Contract] = Contract.EXACT
     max_growth_bytes: int = 65536
     parameters: bool = False
 
@@ -62,6 +62,11 @@ class FoldConstants(Pass):
         """Check the options."""
         if self.max_growth_bytes < 0:
             raise ValueError(f"max_growth_bytes is {self.max_growth_bytes}; wanted 0 or more")
+
+    @property
+    def contract(self) -> Contract:  # type: ignore[override]  # it depends on an option
+        """ROUNDING for parameters: ``matmul`` folds the batch of a transposed input if its weight wants a gradient."""
+        return Contract.ROUNDING if self.parameters else Contract.EXACT
 
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it, each on its own."""

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import fxopt
+from fxopt import Contract
 from fxopt.passes import FoldConstants, RemoveDeadCode
 from fxopt.testing import check_pass
 from tests.models import NETS
@@ -48,6 +50,24 @@ def test_frozen_parameters_are_constants() -> None:
 def test_parameters_are_constants_on_demand() -> None:
     result = check_pass(FoldConstants(parameters=True), Table(), torch.randn(2, 3), changes=2)
     assert not list(result.gm.named_parameters())
+
+
+def test_half_of_a_parameter_is_multiplied_by_another_kernel_as_a_constant() -> None:
+    class CrossAttention(nn.Module):
+        """Takes queries and keys from one stacked weight, of sequences that lie along the first axis."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(384, 128))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            queries, _ = self.weight.split([128, 256])
+            return F.linear(x.transpose(0, 1), queries)
+
+    assert FoldConstants(parameters=True).contract is Contract.ROUNDING
+    assert FoldConstants().contract is Contract.EXACT
+    check_pass(FoldConstants(parameters=True), CrossAttention(), torch.randn(2, 130, 128))
 
 
 @pytest.mark.parametrize(
