@@ -24,8 +24,8 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.args import arg, source_line
+from fxopt.axes_in_place import as_views, refusal
 from fxopt.effects import is_in_place
-from fxopt.errors import CaptureError, describe
 from fxopt.functional_regions import RegionWrites
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.recurrent import shape_only
@@ -35,17 +35,7 @@ from fxopt.view_inverses import PART_INVERSES, VIEW_INVERSES
 __all__ = ["functionalize"]
 
 aten = torch.ops.aten
-_METADATA_ONLY = {
-    "t_",
-    "transpose_",
-    "swapaxes_",
-    "swapdims_",
-    "squeeze_",
-    "unsqueeze_",
-    "as_strided_",
-    "resize_",
-    "set_",
-}
+_METADATA_ONLY = {"as_strided_", "resize_", "set_"}
 _FUNCTIONAL_FORM = {
     ("normal_", "default"): ("normal_functional", "default"),
     ("bernoulli_", "float"): ("bernoulli", "p"),
@@ -99,6 +89,7 @@ def functionalize(graph: torch.fx.Graph, kinds: dict[str, str]) -> torch.fx.Grap
     Raises:
         CaptureError: an input or a parameter is written, or a view is that has no inverse (``expand``, ``as_strided``).
     """
+    as_views(graph)
     if not any(is_in_place(node.target) for node in graph.nodes if node.op == "call_function"):
         return graph
     return Functionalizer(graph, kinds).run()
@@ -106,6 +97,8 @@ def functionalize(graph: torch.fx.Graph, kinds: dict[str, str]) -> torch.fx.Grap
 
 class Functionalizer:
     """One run over a graph. ``new`` maps old nodes to the nodes of the new graph that hold their *current* value."""
+
+    refusal = staticmethod(refusal)
 
     def __init__(self, graph: torch.fx.Graph, kinds: dict[str, str]) -> None:
         self.old = graph
@@ -318,20 +311,6 @@ class Functionalizer:
             target.meta = dict(base.meta)
             update = self.call(at, UPDATE_BUFFER, (target, self.new[base], True))
             update.meta["val"] = None
-
-    def refusal(self, node: torch.fx.Node, reason: str, **rows: str | None) -> CaptureError:
-        """Return the error that says why the in-place op ``node`` cannot become functional."""
-        target = (
-            node.target._schema.name.removeprefix("aten::") if isinstance(node.target, OpOverload) else str(node.target)
-        )
-        return CaptureError(
-            describe(
-                f"in-place op {target!r} cannot become part of a functional graph: {reason}",
-                source=source_line(node) or "(unknown line)",
-                **rows,
-                try_="write into a copy: y = x.clone(), then modify y; or use the op that returns a new tensor",
-            )
-        )
 
 
 def _schema_name(node: torch.fx.Node) -> str:
