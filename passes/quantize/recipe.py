@@ -2,8 +2,9 @@
 
     fast        the range method that was asked for, no trial
     auto        range methods, bias correction, floats for layers that integers make no faster, outliers of linear
-                layers split off, smoothing where layer norms feed them; below 30 dB also composition of layers with
-                nothing between them, floats for results of convolutions that floats alone read, and channels evened out
+                layers split off, smoothing where layer norms feed them; below 30 dB also floats for products of
+                activations of which 8 bits leave little and for results of convolutions that floats alone read,
+                composition of layers with nothing between them, and channels evened out
     accurate    besides, channels evened out by weights alone, and learned rounding of weights
 
 How they are measured, and on what: :mod:`fxopt.passes.quantize.trials`. Scales come from all calibration inputs in the
@@ -113,23 +114,35 @@ class Search:
         progress = None if trials.more else self.progress
         best = trials.tried(self.gm, make_plan(self.gm, ()), methods, progress=progress)
         later = methods if recipe == "accurate" else (best.method,)
-        slow = layers_without_gain(self.gm, best.plan, self.target)
-        if slow:
-            tried = trials.tried(self.gm, make_plan(self.gm, tuple(slow)), later, "floats, ")
-            best = trials.better(best, tried, f"floats for {', '.join(slow)}", _FLOAT_GAIN)
-            slow = slow if best is tried else {}
+        best, floats = self._with_floats(best, trials, make_plan, later)
         for item in _transformations(best.method):
-            best = self._with(item, best, trials, lambda gm: make_plan(gm, tuple(slow)), later)
+            best = self._with(item, best, trials, lambda gm: make_plan(gm, tuple(floats)), later)
         rounded = best.plan
         best = self._with_float_results(best, trials)
-        floats = tuple(name for name in rounded if name not in best.plan)
+        unrounded = tuple(name for name in rounded if name not in best.plan)
         for item in _equalizations(recipe):
-            best = self._with(item, best, trials, lambda gm: make_plan(gm, tuple(slow)).without(*floats), later)
+            best = self._with(item, best, trials, lambda gm: make_plan(gm, tuple(floats)).without(*unrounded), later)
         if recipe == "accurate":
             best = _rounded(best, trials)
         best = trials.with_all(best, self.progress, self.checkpoint)
-        notes = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
-        return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | notes))
+        return dataclasses.replace(best, plan=QuantPlan(best.plan, best.plan.notes | floats))
+
+    def _with_floats(
+        self, best: Trial, trials: Trials, make_plan: MakePlan, methods: Sequence[str]
+    ) -> tuple[Trial, dict[str, str]]:
+        """Return the best way with some calls in floats or without, and these calls, with the reason of each."""
+        slow = layers_without_gain(self.gm, best.plan, self.target)
+        noisy = {} if best.sqnr_db >= _PRECISE else trials.noisy_products(best)
+        reasons = {name: f"integers would make it no faster: {why}" for name, why in slow.items()}
+        reasons |= {name: f"8 bits leave {ratio:.1f} dB of it" for name, ratio in noisy.items()}
+        floats: dict[str, str] = {}
+        for names in (slow, noisy):
+            if names:
+                more = floats | {name: reasons[name] for name in names}
+                tried = trials.tried(self.gm, make_plan(self.gm, tuple(more)), methods, "floats, ")
+                kept = trials.better(best, tried, f"floats for {', '.join(names)}", _FLOAT_GAIN)
+                best, floats = kept, more if kept is tried else floats
+        return best, floats
 
     def _with(
         self,

@@ -28,6 +28,7 @@ from fxopt.passes.quantize.merged_rows import (
     regrouped_rows,
     row_count,
 )
+from fxopt.passes.quantize.noisy_products import noisy_products
 from fxopt.passes.quantize.observations import DrawnRows, Observations
 from fxopt.passes.quantize.resolve import WeightScales, open_activations, resolve, resolve_with, used_channels
 from fxopt.passes.quantize.simulate import Simulation, signal_to_noise
@@ -181,6 +182,10 @@ class Trials:
     def seen_of(self, gm: CapturedModule) -> Observations:
         """Return what is known of the values of a graph."""
         return self._seen.told if self._seen is not None and self._seen.gm is gm else Observations()
+
+    def noisy_products(self, trial: Trial) -> dict[str, float]:
+        """Return the products of activations of which a way leaves little; see :func:`noisy_products`."""
+        return noisy_products(trial.gm, trial.plan, self.target, self._samples(self._learned))
 
     def corrected(self, trial: Trial, label: str) -> Trial:
         """Measure a way without and with bias correction, and return the better of both."""
