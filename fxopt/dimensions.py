@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.errors import CaptureError, describe
 
-__all__ = ["Dimension", "Sample", "dimensions_from_samples", "enlarged", "parse_dimension", "resize"]
+__all__ = ["Dimension", "Sample", "dimensions_from_samples", "parse_dimension", "resize", "traceable"]
 
 _BOUNDED = re.compile(
     r"^\s*(?:(?P<low>\d+)\s*(?P<low_op><=?)\s*)?(?P<name>[A-Za-z_]\w*)\s*(?:(?P<high_op><=?)\s*(?P<high>\d+)\s*)?$"
@@ -251,16 +251,30 @@ def resize(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
     return tensor
 
 
-def enlarged(sample: Sample, arguments: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> Sample:
-    """Return the sample with every dynamic axis of size 1 enlarged to 2.
+def traceable(sample: Sample, arguments: Mapping[str, Any], shapes: Mapping[str, Any] | None) -> Sample:
+    """Return the sample as torch.export can trace it for all sizes.
 
-    Sizes 0 and 1 are special to torch.export, which broadcasts along them: a dimension must be traced at 2 or more.
+    Sizes 0 and 1 are special to it, since it broadcasts along them: a dynamic axis of size 1 is enlarged to 2. And it
+    asks how values lie in memory: in a slice such as ``batch[:, :t]`` the gaps would be taken for a fact about ``t``,
+    so that a copy without gaps takes its place. What the graph computes does not depend on it.
     """
     if shapes is None:
         return sample
-    wanted: dict[int, dict[int, int]] = {}
+    wanted: dict[int, torch.Tensor] = {}
     for tensor, axes in dynamic_axes(dict(arguments), dict(shapes)):
         grow = {axis: 2 for axis in axes if tensor.shape[axis] == 1}
-        if grow:
-            wanted[id(tensor)] = grow
-    return sample.map(lambda leaf: resize(leaf, wanted[id(leaf)]) if id(leaf) in wanted else leaf)
+        if grow or _has_gaps(tensor):
+            wanted[id(tensor)] = _without_gaps(resize(tensor, grow))
+    return sample.map(lambda leaf: wanted.get(id(leaf), leaf))
+
+
+def _has_gaps(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided:
+        return False
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 0 < tensor.numel() <= reach
+
+
+def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    dense = tensor.detach().contiguous()
+    return dense.requires_grad_(tensor.requires_grad) if tensor.requires_grad else dense

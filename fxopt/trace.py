@@ -18,7 +18,7 @@ import torch
 
 from fxopt.control_flow import Undecided, drop_trials, operators_traced, trace_with_branches
 from fxopt.control_flow.session import Site
-from fxopt.dimensions import Sample, bind_arguments, enlarged, named_dynamic_shapes
+from fxopt.dimensions import Sample, bind_arguments, named_dynamic_shapes, traceable
 from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
@@ -81,7 +81,7 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
 
 def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None) -> Trace:
     arguments = bind_arguments(model.forward, sample)
-    sample = enlarged(sample, arguments, shapes)
+    sample = traceable(sample, arguments, shapes)
     arguments = bind_arguments(model.forward, sample)
     reads: list[str] = []
 

@@ -66,6 +66,20 @@ def test_several_samples_tell_the_dynamic_sizes() -> None:
         fxopt.capture(lambda x: x + 1, [(torch.ones(2),), (torch.ones(2, 2),)])
 
 
+@pytest.mark.parametrize("net", [nn.Linear(4, 3), nn.LSTM(4, 3, batch_first=True)], ids=["linear", "lstm"])
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_an_example_that_is_part_of_a_larger_tensor_says_nothing_about_sizes(
+    net: nn.Module, requires_grad: bool
+) -> None:
+    batch = torch.randn(3, 9, 4)
+    example = batch[:, :7].requires_grad_(requires_grad)
+    gm = fxopt.capture(net, (example,), dynamic_shapes=({0: "batch", 1: "length"},))
+    assert gm.samples[0].args[0] is example
+    for x in (batch, batch[1:, 2:5], batch.transpose(0, 1), batch[:, ::2], batch[:1].expand(2, -1, -1)):
+        wanted, got = net(x), gm(x)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6)
+
+
 def test_bounds_as_text_hold() -> None:
     gm = fxopt.capture(lambda x: x * 2, (torch.ones(3, 4),), dynamic_shapes={"x": {0: "batch", 1: "2<=seq<9"}})
     assert (gm.dims["seq"].min, gm.dims["seq"].max) == (2, 8)
