@@ -7,6 +7,9 @@ import pathlib
 import subprocess
 import sys
 
+import filelock
+import pytest
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SECONDS = 120
 
@@ -43,3 +46,19 @@ def torchrun(*program: str, folder: pathlib.Path, processes: int = 2) -> str:
         raise AssertionError(f"{' '.join(program)} did not end within {SECONDS} s:\n{said}") from None
     assert started.returncode == 0, f"{' '.join(program)} ended with status {started.returncode}:\n{said}"
     return said
+
+
+def trained_once(module: str, temporary: pytest.TempPathFactory) -> pathlib.Path:
+    """Return the folder that ``module``, a program of this package, has written to in two processes.
+
+    It runs once, also where several processes of pytest want what it writes: the others wait.
+    """
+    base = temporary.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / module
+    with filelock.FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            folder.mkdir()  # a run that failed has made it, and fails for the others, too
+            torchrun("-m", f"tests.distributed.{module}", str(folder), folder=folder)
+            (folder / "done").touch()
+    return folder

@@ -9,7 +9,7 @@ import torch
 
 import fxopt
 from tests.distributed.cases import GRAPHS, LEARNED, STEPS, Blocks, X, Y, adam, masked, scores_of, train
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import trained_once
 
 # Sums over a batch are taken in another order, five steps of Adam long: some units in the last place of 1.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
@@ -18,8 +18,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found, and in ``folder`` what process 0 saved."""
-    folder = tmp_path_factory.mktemp("ddp")
-    torchrun("-m", "tests.distributed.train_ddp", str(folder), folder=folder)
+    folder = trained_once("train_ddp", tmp_path_factory)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) | {"folder": folder} for rank in range(2)]
 
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from tests.distributed.cases import GRAPHS, X, Y, adam, train
-from tests.distributed.launch import torchrun
+from tests.distributed.launch import trained_once
 from tests.distributed.test_ddp import ROUNDING, assert_same
 from tests.distributed.train_fsdp import ALL, SHARDED, SPLIT, WRAPPED
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("fsdp")
-    torchrun("-m", "tests.distributed.train_fsdp", str(folder), folder=folder)
+    folder = trained_once("train_fsdp", tmp_path_factory)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -10,8 +10,17 @@ from tests.zoo import architectures, real
 
 pytestmark = [pytest.mark.zoo, pytest.mark.ort]
 
-FAST = ("resnet18", "mobilenet_v2", "mobilenet_v3_small")
-LONG = ("resnet50", "mobilenet_v3_large", "efficientnet_b0", "regnet_x_400mf", "regnet_y_400mf", "vit_b_16", "bert")
+FAST = ("resnet18", "mobilenet_v3_small")
+LONG = (
+    "mobilenet_v2",
+    "resnet50",
+    "mobilenet_v3_large",
+    "efficientnet_b0",
+    "regnet_x_400mf",
+    "regnet_y_400mf",
+    "vit_b_16",
+    "bert",
+)
 
 
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])

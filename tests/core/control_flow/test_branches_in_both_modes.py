@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -187,12 +188,25 @@ def conds(gm: fxopt.CapturedModule) -> list[Any]:
     return [node for node in nodes if node.target is COND]
 
 
+def model_of(net: type[nn.Module], training: bool) -> nn.Module:
+    torch.manual_seed(0)
+    return net().train(training)
+
+
+@functools.cache
+def _once(net: type[nn.Module], training: bool) -> fxopt.CapturedModule:
+    return fxopt.capture(model_of(net, training), batch(0), dynamic_shapes=BATCH)
+
+
+def graph_of(net: type[nn.Module], training: bool) -> fxopt.CapturedModule:
+    """Return a graph of ``model_of(net, training)``, which is captured once for all tests."""
+    return copy.deepcopy(_once(net, training))
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("training", [True, False])
 def test_graph_equals_eager_in_both_modes_on_every_side(net: type[nn.Module], training: bool) -> None:
-    torch.manual_seed(0)
-    model = net().train(training)
-    gm = fxopt.capture(copy.deepcopy(model), batch(0), dynamic_shapes=BATCH)
+    model, gm = model_of(net, training), graph_of(net, training)
     assert gm.modes == "both", gm.modes_reason
     taken: dict[bool, set[bool]] = {True: set(), False: set()}
     for seed in range(36):
@@ -212,14 +226,12 @@ def test_graph_equals_eager_in_both_modes_on_every_side(net: type[nn.Module], tr
 
 @pytest.mark.ort
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_onnx_runtime_takes_the_sides_of_evaluation(net: type[nn.Module], training: bool, tmp_path: Any) -> None:
     from fxopt.export import Session, to_onnx
 
-    torch.manual_seed(0)
-    model = net().train(training)
-    to_onnx(fxopt.capture(model, batch(0), dynamic_shapes=BATCH).eval(), tmp_path / "net.onnx")
-    model.eval()
+    model = model_of(net, training).eval()
+    to_onnx(graph_of(net, training).eval(), tmp_path / "net.onnx")
     sessions = [Session(tmp_path / "net.onnx", optimization=level) for level in ("none", "all")]
     for seed in range(12):
         for session in sessions:

@@ -177,6 +177,16 @@ def model_of(cls: type[nn.Module]) -> nn.Module:
     return model
 
 
+@functools.cache
+def _once(name: str) -> fxopt.CapturedModule:
+    return fxopt.capture(model_of(PROGRAMS[name]), batched(0), dynamic_shapes=BATCH)
+
+
+def graph_of(name: str) -> fxopt.CapturedModule:
+    """Return a graph of ``model_of(PROGRAMS[name])``, which is captured once for all tests."""
+    return copy.deepcopy(_once(name))
+
+
 def control_flow(gm: fxopt.CapturedModule) -> list[Any]:
     nodes = [node for module in graph_modules(gm) for node in module.graph.nodes]
     return [node for node in nodes if node.target in (COND, WHILE_LOOP)]
@@ -192,8 +202,7 @@ def assert_equal(got: Any, want: Any) -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 @torch.no_grad()
 def test_graph_equals_eager_bit_for_bit_on_every_side(name: str) -> None:
-    model = model_of(PROGRAMS[name])
-    gm = fxopt.capture(copy.deepcopy(model), batched(0), dynamic_shapes=BATCH)
+    model, gm = model_of(PROGRAMS[name]), graph_of(name)
     assert control_flow(gm)
     taken: set[tuple[int, bool]] = set()
     for seed in range(SEEDS):
@@ -212,7 +221,7 @@ def test_onnx_runtime_takes_the_same_sides(name: str, tmp_path: Any) -> None:
     from fxopt.export import Session, to_onnx
 
     model = model_of(PROGRAMS[name])
-    to_onnx(fxopt.capture(model, batched(0), dynamic_shapes=BATCH), tmp_path / "program.onnx")
+    to_onnx(graph_of(name), tmp_path / "program.onnx")
     sessions = [Session(tmp_path / "program.onnx", optimization=level) for level in ("none", "all")]
     for seed in range(SEEDS):
         (x,) = batched(seed)
@@ -237,8 +246,7 @@ def test_branch_knows_the_line_of_its_call() -> None:
 
 @pytest.mark.parametrize("name", ["closures over modules", "closures over traced tensors", "cond in cond"])
 def test_gradients_are_those_of_eager(name: str) -> None:
-    model = model_of(PROGRAMS[name])
-    gm = fxopt.capture(copy.deepcopy(model), batched(0), dynamic_shapes=BATCH)
+    model, gm = model_of(PROGRAMS[name]), graph_of(name)
     for seed in range(4):
         for net in (model, gm):
             net.zero_grad()

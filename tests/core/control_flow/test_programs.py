@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -32,6 +33,16 @@ def captured(name: str, model: Any) -> fxopt.CapturedModule:
     return fxopt.capture(model, program.inputs(0), dynamic_shapes=program.dynamic_shapes)
 
 
+@functools.cache
+def _once(name: str) -> fxopt.CapturedModule:
+    return captured(name, model_of(name))
+
+
+def graph_of(name: str) -> fxopt.CapturedModule:
+    """Return a graph of ``model_of(name)``, which is captured once for all tests."""
+    return copy.deepcopy(_once(name))
+
+
 def same(a: Any, b: Any) -> bool:
     """Return whether two outputs are equal: tensors bit for bit, numbers in type and value."""
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else type(a) is type(b) and a == b
@@ -45,7 +56,7 @@ def control_flow(gm: fxopt.CapturedModule) -> list[Any]:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_graph_equals_eager_bit_for_bit_on_every_way(name: str) -> None:
     model = model_of(name)
-    gm = captured(name, copy.deepcopy(model))
+    gm = graph_of(name)
     assert control_flow(gm)
     distinct = set()
     for seed in range(SEEDS):
@@ -72,7 +83,7 @@ def test_gradients_are_those_of_the_way_taken(name: str) -> None:
     model = model_of(name)
     if not list(model.parameters()) or name == "decoding loop":
         pytest.skip("nothing to train")
-    gm = captured(name, copy.deepcopy(model))
+    gm = graph_of(name)
     for seed in range(9):
         inputs = PROGRAMS[name].inputs(seed)
         for net in (model, gm):
@@ -91,7 +102,7 @@ def test_onnx_runtime_takes_the_same_ways(name: str, tmp_path: Any) -> None:
     from fxopt.export import Session, to_onnx
 
     model = model_of(name)
-    gm = captured(name, model)
+    gm = graph_of(name)
     file = to_onnx(gm, tmp_path / "program.onnx")
     assert file.validation is not None
     sessions = [Session(tmp_path / "program.onnx", optimization=level) for level in ("none", "all")]
@@ -181,7 +192,7 @@ def test_one_graph_serves_both_modes(name: str, training: bool) -> None:
 
 def test_buffer_written_on_one_side_counts_that_side() -> None:
     model = model_of("counts in a buffer")
-    gm = captured("counts in a buffer", copy.deepcopy(model))
+    gm = graph_of("counts in a buffer")
     for seed in range(10):
         (x,) = PROGRAMS["counts in a buffer"].inputs(seed)
         assert torch.equal(model(x), gm(x))
@@ -190,7 +201,7 @@ def test_buffer_written_on_one_side_counts_that_side() -> None:
 
 
 def test_every_branch_knows_its_line() -> None:
-    gm = captured("helper function", model_of("helper function"))
+    gm = graph_of("helper function")
     lines = [fxopt.source_line(node) for node in control_flow(gm)]
     assert len(lines) == 2
     assert all("branching.py" in line and "in helper_scaled: if size > limit:" in line for line in lines)
@@ -198,7 +209,7 @@ def test_every_branch_knows_its_line() -> None:
 
 def test_saved_graph_branches_in_a_fresh_object(tmp_path: Any) -> None:
     for name in ("elif", "while with a counter", "loops in a loop"):
-        gm = captured(name, model_of(name))
+        gm = graph_of(name)
         fxopt.save(gm, tmp_path / "net.fxopt")
         loaded = fxopt.load(tmp_path / "net.fxopt")
         for copy_ in (loaded, copy.deepcopy(gm), gm.clone()):

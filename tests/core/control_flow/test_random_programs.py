@@ -12,7 +12,7 @@ import torch
 import fxopt
 from tests.core.control_flow.random_programs import random_program
 
-QUICK, LONG = range(40), range(40, 400)
+QUICK, LONG = range(25), range(25, 400)
 
 
 def loaded(text: str, path: Path) -> ModuleType:
