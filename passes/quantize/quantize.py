@@ -72,6 +72,10 @@ class Quantize(LossyPass):
     ends: ClassVar[frozenset[str]] = frozenset({"no-qdq"})
     evaluation_only: ClassVar[bool] = True
     divisible: ClassVar[bool] = False
+    remedy: ClassVar[str] = (
+        "metric=..., max_drop=... leaves float what costs accuracy, skip=('NAME*',) what you name; "
+        "recipe='accurate' tries more; min_sqnr_db=... if less will do"
+    )
     bits: int = 8
     weight_bits: int | None = None
     method: str = "auto"

@@ -146,6 +146,11 @@ def test_noise_above_the_floor_undoes_the_whole_pass():
     assert "sqnr_db is" in step.rolled_back[0].why
 
 
+def test_too_much_noise_says_what_to_try():
+    with pytest.raises(fxopt.ContractError, match=r"(?s)sqnr_db is .*try +metric=..., max_drop=... leaves float what"):
+        fxopt.optimize(residual(), [Quantize(bits=2, weight_bits=2, recipe="fast", min_sqnr_db=30)], strict=True)
+
+
 def test_a_constant_activation_is_safe():
     class Shifted(nn.Module):
         def __init__(self):
