@@ -12,6 +12,7 @@ import torch
 
 from fxopt import args
 from fxopt.capture import capture
+from fxopt.complex_numbers import has_complex, without_complex
 from fxopt.contracts import Contract
 from fxopt.errors import ExportError, describe
 from fxopt.export.dtypes import Runtime
@@ -105,6 +106,7 @@ def to_onnx(
     _refuse_fake_quantizers(gm)
     evaluation = _for_evaluation(gm)
     _refuse_training(evaluation)
+    evaluation = without_complex(evaluation) if has_complex(evaluation) else evaluation
     names = list(output_names) if output_names is not None else list(gm.output_names)
     guard_name = GUARD_OUTPUT if guards == "output" and has_guards(gm) else None
     ir_model = translate(
