@@ -20,7 +20,7 @@ from fxopt.args import source_line
 from fxopt.effects import is_in_place
 from fxopt.errors import CaptureError, describe
 
-__all__ = ["as_views", "refusal"]
+__all__ = ["as_views", "refusal", "storage_of"]
 
 _aten = torch.ops.aten
 _VIEWS: dict[Any, OpOverload] = {
@@ -78,11 +78,19 @@ def _holder(node: Any) -> torch.fx.Node:
 
     Calls in place return their argument, and so do some others if there is nothing to do.
     """
-    while is_in_place(node.target) or (node.target in _MAY_RETURN_ARGUMENT and _memory(node) == _memory(node.args[0])):
+    while is_in_place(node.target) or _returns_argument(node):
         node = node.args[0]
     found: torch.fx.Node = node
     return found
 
 
-def _memory(node: torch.fx.Node) -> StorageWeakRef:
-    return StorageWeakRef(node.meta["val"].untyped_storage())
+def _returns_argument(node: torch.fx.Node) -> bool:
+    return node.target in _MAY_RETURN_ARGUMENT and storage_of(node) == storage_of(node.all_input_nodes[0])
+
+
+def storage_of(node: torch.fx.Node) -> StorageWeakRef | None:
+    """Return the memory of a value, or of the first of several; None if it is no tensor."""
+    found = node.meta.get("val")
+    if isinstance(found, list | tuple) and found and isinstance(found[0], torch.Tensor):
+        found = found[0]
+    return StorageWeakRef(found.untyped_storage()) if isinstance(found, torch.Tensor) else None

@@ -54,8 +54,8 @@ def _from_real_view(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
 
 @rule(_aten.complex.default)
 def _from_parts(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
-    re, im = node.args
-    return run.call(node, _aten.stack.default, _together(run, node, re, im), -1)
+    both = run.call(node, _aten.broadcast_tensors.default, list(node.args))
+    return run.stacked(node, *(run.call(node, operator.getitem, both, which) for which in (0, 1)))
 
 
 @rule(_aten.polar.default)
@@ -65,17 +65,12 @@ def _from_polar(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
     return run.stacked(node, *(run.call(node, _aten.mul.Tensor, length, part) for part in (cos, sin)))
 
 
-def _together(run: Pairs, node: torch.fx.Node, *values: Any) -> list[torch.fx.Node]:
-    """Return real values broadcast to the shape that they have together."""
-    every = run.call(node, _aten.broadcast_tensors.default, list(values))
-    return [run.call(node, operator.getitem, every, which) for which in range(len(values))]
-
-
 @rule(_aten.to.dtype, _aten.to.dtype_layout, _aten._to_copy.default)
 def _cast(run: Pairs, node: torch.fx.Node) -> torch.fx.Node | None:
     value, held = node.args[0], node.meta["val"]
     if not held.is_complex():
-        run.rw.replace_call(node, _aten.to.dtype, (run.parts(node, value)[0], held.dtype), why=WHY)
+        re = run.call(node, _aten.select.int, run.pair(node, value), -1, 0)
+        run.rw.replace_call(node, _aten.to.dtype, (re, held.dtype), why=WHY)
         return None
     return run.call(node, _aten.to.dtype, run.pair(node, value), held.dtype.to_real())
 
@@ -116,22 +111,16 @@ def _negative(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
     return run.call(node, node.target, run.pair(node, node.args[0]))
 
 
-@rule(_aten.add.Tensor, _aten.sub.Tensor, _aten.add.Scalar, _aten.sub.Scalar)
+@rule(
+    _aten.add.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.sub.Scalar, _aten.rsub.Tensor, _aten.rsub.Scalar,
+)  # fmt: skip
 def _sum(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
-    a, b, factor = arg(node, "self"), arg(node, "other"), arg(node, "alpha")
-    other = run.pair(node, b)
-    if factor != 1:
-        other = run.call(node, _aten.mul.Tensor, other, factor)
-    return run.call(node, _aten.sub.Tensor if "sub" in str(node.target) else _aten.add.Tensor, run.pair(node, a), other)
-
-
-@rule(_aten.rsub.Tensor, _aten.rsub.Scalar)
-def _difference(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
-    a, b, factor = arg(node, "self"), arg(node, "other"), arg(node, "alpha")
-    taken = run.pair(node, a)
-    if factor != 1:
-        taken = run.call(node, _aten.mul.Tensor, taken, factor)
-    return run.call(node, _aten.sub.Tensor, run.pair(node, b), taken)
+    first, second = (run.pair(node, arg(node, name)) for name in ("self", "other"))
+    if "rsub" in str(node.target):
+        first, second = second, first
+    if (factor := arg(node, "alpha")) != 1:
+        second = run.call(node, _aten.mul.Tensor, second, factor)
+    return run.call(node, _aten.sub.Tensor if "sub" in str(node.target) else _aten.add.Tensor, first, second)
 
 
 @rule(_aten.mul.Tensor, _aten.mul.Scalar)
@@ -189,8 +178,8 @@ def _spectra(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
     waves = torch.stack([turns.double().cos(), -turns.double().sin()]).flatten(0, 1)
     if arg(node, "normalized"):
         waves = waves / math.sqrt(length)
-    left = (length - (arg(node, "win_length") or length)) // 2
-    right = length - (arg(node, "win_length") or length) - left
+    outside = length - (arg(node, "win_length") or length)
+    left, right = outside // 2, outside - outside // 2
     waves[:, :left] = waves[:, length - right :] = 0
     kernel = run.rw.constant(f"{node.name}_waves", waves[:, None].to(dtype), near=node, why=WHY)
     if window is not None:
@@ -251,12 +240,8 @@ def _permuted(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
 
 @rule(_aten.t.default)
 def _transposed(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
-    value = node.args[0]
-    return (
-        run.call(node, _aten.transpose.int, run.pair(node, value), 0, 1)
-        if rank_of(value) == 2
-        else run.pair(node, value)
-    )
+    pair = run.pair(node, node.args[0])
+    return run.call(node, _aten.transpose.int, pair, 0, 1) if rank_of(node) == 2 else pair
 
 
 @rule(_aten.unsqueeze.default)

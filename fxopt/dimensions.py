@@ -264,7 +264,8 @@ def traceable(sample: Sample, arguments: Mapping[str, Any], shapes: Mapping[str,
     for tensor, axes in dynamic_axes(dict(arguments), dict(shapes)):
         grow = {axis: 2 for axis in axes if tensor.shape[axis] == 1}
         if grow or _has_gaps(tensor):
-            wanted[id(tensor)] = _without_gaps(resize(tensor, grow))
+            dense = resize(tensor, grow).detach().contiguous()
+            wanted[id(tensor)] = dense.requires_grad_(tensor.requires_grad)
     return sample.map(lambda leaf: wanted.get(id(leaf), leaf))
 
 
@@ -273,8 +274,3 @@ def _has_gaps(tensor: torch.Tensor) -> bool:
         return False
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return 0 < tensor.numel() <= reach
-
-
-def _without_gaps(tensor: torch.Tensor) -> torch.Tensor:
-    dense = tensor.detach().contiguous()
-    return dense.requires_grad_(tensor.requires_grad) if tensor.requires_grad else dense

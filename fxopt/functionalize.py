@@ -24,7 +24,7 @@ from torch._ops import OpOverload
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fxopt.args import arg, source_line
-from fxopt.axes_in_place import as_views, refusal
+from fxopt.axes_in_place import as_views, refusal, storage_of
 from fxopt.effects import is_in_place
 from fxopt.functional_regions import RegionWrites
 from fxopt.ops import UPDATE_BUFFER
@@ -136,7 +136,7 @@ class Functionalizer:
     def _track(self, node: torch.fx.Node) -> None:
         """Find the value whose memory ``node`` shares, and the argument through which it does."""
         base = node
-        storage = _storage(node)
+        storage = storage_of(node)
         if storage is not None:
             is_list = not isinstance(node.meta["val"], torch.Tensor)
             # A fresh tuple of results owns nothing: each of its parts does, when it is taken out.
@@ -315,13 +315,6 @@ class Functionalizer:
 
 def _schema_name(node: torch.fx.Node) -> str:
     return node.target._schema.name if isinstance(node.target, OpOverload) else ""
-
-
-def _storage(node: torch.fx.Node) -> StorageWeakRef | None:
-    found = node.meta.get("val")
-    if isinstance(found, list | tuple) and found and isinstance(found[0], torch.Tensor):
-        found = found[0]
-    return StorageWeakRef(found.untyped_storage()) if isinstance(found, torch.Tensor) else None
 
 
 def same_value_type(old: Any, new: Any) -> bool:

@@ -40,7 +40,7 @@ from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_no
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.trials import Candidate
-from fxopt.passes.quantize.width_tries import WidthTries, decibels
+from fxopt.passes.quantize.width_tries import NAMED, WidthTries, decibels
 from fxopt.rewriter import Rewriter
 
 __all__ = ["DEFAULT_WIDTHS", "Budget", "WidthSearch"]
@@ -49,7 +49,6 @@ DEFAULT_WIDTHS: tuple[Width, ...] = (8, FLOAT)
 """What ONNX Runtime has kernels of its own for on a CPU."""
 
 _ROWS = 16  # of calibration inputs that the sensitivities are measured on
-_NAMED = 12  # layers that a line of the ledger names
 _ROUNDING = 2.0**-22  # relative; a metric that is a mean in 32 bits must not miss the budget by its last bit
 
 
@@ -251,7 +250,7 @@ class WidthSearch:
                 if width != FLOAT:
                     plan = self.plan_for({**dict.fromkeys(names, FLOAT), name: width})
                     noise[name][width] = 10 ** (-signal_to_noise(want, self._outputs(plan)) / 10)
-        worst = sorted(names, key=lambda name: -max(noise[name].values()))[:_NAMED]
+        worst = sorted(names, key=lambda name: -max(noise[name].values()))[:NAMED]
         self.ledger.append(
             "noise of a layer alone: " + ", ".join(f"{name} {decibels(max(noise[name].values()))}" for name in worst)
         )

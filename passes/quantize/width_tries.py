@@ -14,12 +14,13 @@ from fxopt.metric import Metric, measured
 from fxopt.passes.quantize.costs import FLOAT, Width, WidthTable
 from fxopt.passes.quantize.trials import Candidate
 
-__all__ = ["WidthTries", "decibels"]
+__all__ = ["NAMED", "WidthTries", "decibels"]
 
 _MOST_TRIES = 7  # by noise, or by falls of the metric
 _REACH = 3  # the first tries are the 3rd, 9th, 27th and last of at most 64 choices
 _PARTS = 16  # of the layers, which the metric is asked about alone
-_NAMED = 12  # layers that a line of the ledger names
+NAMED = 12
+"""Layers that a line of the ledger names."""
 
 Make = Callable[[Mapping[str, Width]], tuple[Candidate, CapturedModule]]
 """Returns the candidate of the widths of all layers, and its graph."""
@@ -113,8 +114,9 @@ class WidthTries:
 
         falls = []
         for part in range(len(parts)):
-            self.measure(cheap([part]))
-            falls.append(max(reference - self._tried[cheap([part])][1], 0.0))
+            alone = cheap([part])
+            self.measure(alone)
+            falls.append(max(reference - self._tried[alone][1], 0.0))
         table = self._table_of(parts, falls)
         ways = table.frontier()
         first = 1 + sum(table.total(way)[1] > reference - self.least for way in ways)
@@ -148,5 +150,5 @@ def _summary(widths: Mapping[str, Width]) -> str:
     told = [f"{count} layers {width}{'' if width == FLOAT else ' bits'}" for width, count in counts.most_common()]
     floats = [name for name, width in widths.items() if width == FLOAT]
     if floats:
-        told.append(f"float are {', '.join(floats[:_NAMED])}{', ...' if len(floats) > _NAMED else ''}")
+        told.append(f"float are {', '.join(floats[:NAMED])}{', ...' if len(floats) > NAMED else ''}")
     return ", ".join(told)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
+from tests.core.test_functionalize import assert_refused
 
 
 def squeezed(x: Tensor) -> Tensor:
@@ -103,9 +104,5 @@ class MovesBuffer(nn.Module):
     ],
 )
 def test_axes_of_what_others_hold_are_refused(net: type[nn.Module], op: str, line: str, holder: str) -> None:
-    with pytest.raises(fxopt.CaptureError, match="would see") as caught:
-        fxopt.capture(net().eval(), (torch.randn(4, 4),))
-    message = str(caught.value)
-    assert f"in-place op '{op}'" in message
-    assert line in message
-    assert f"it gives '{holder}' other axes" in message
+    because = f"it gives '{holder}' other axes, which the next call or the caller would see"
+    assert_refused(net().eval(), torch.randn(4, 4), op=op, at=("test_axes_in_place.py:", line), because=because)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ import fxopt
 from fxopt.eager_control_flow import observing
 from fxopt.graph_module import graph_modules
 from fxopt.regions import COND
+from tests.core.control_flow.once import captured_once
 from tests.models.control_flow import rows
 
 BATCH = ({0: "batch"},)
@@ -193,14 +192,10 @@ def model_of(net: type[nn.Module], training: bool) -> nn.Module:
     return net().train(training)
 
 
-@functools.cache
-def _once(net: type[nn.Module], training: bool) -> fxopt.CapturedModule:
-    return fxopt.capture(model_of(net, training), batch(0), dynamic_shapes=BATCH)
-
-
+@captured_once
 def graph_of(net: type[nn.Module], training: bool) -> fxopt.CapturedModule:
-    """Return a graph of ``model_of(net, training)``, which is captured once for all tests."""
-    return copy.deepcopy(_once(net, training))
+    """Return a graph of ``model_of(net, training)``."""
+    return fxopt.capture(model_of(net, training), batch(0), dynamic_shapes=BATCH)
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -17,6 +17,7 @@ import fxopt
 from fxopt.eager_control_flow import observing
 from fxopt.graph_module import graph_modules
 from fxopt.regions import COND, WHILE_LOOP
+from tests.core.control_flow.once import captured_once
 from tests.models.control_flow import batched
 
 # torch's own cond looks at the gradients of what is in a closure when it runs.
@@ -177,14 +178,10 @@ def model_of(cls: type[nn.Module]) -> nn.Module:
     return model
 
 
-@functools.cache
-def _once(name: str) -> fxopt.CapturedModule:
-    return fxopt.capture(model_of(PROGRAMS[name]), batched(0), dynamic_shapes=BATCH)
-
-
+@captured_once
 def graph_of(name: str) -> fxopt.CapturedModule:
-    """Return a graph of ``model_of(PROGRAMS[name])``, which is captured once for all tests."""
-    return copy.deepcopy(_once(name))
+    """Return a graph of ``model_of(PROGRAMS[name])``."""
+    return fxopt.capture(model_of(PROGRAMS[name]), batched(0), dynamic_shapes=BATCH)
 
 
 def control_flow(gm: fxopt.CapturedModule) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils import _pytree as pytree
 import fxopt
 from fxopt.graph_module import graph_modules
 from fxopt.regions import COND, WHILE_LOOP
+from tests.core.control_flow.once import captured_once
 from tests.models.control_flow import PROGRAMS
 
 # Programs that read the value of a trained tensor, which torch warns of when it runs them.
@@ -33,14 +33,10 @@ def captured(name: str, model: Any) -> fxopt.CapturedModule:
     return fxopt.capture(model, program.inputs(0), dynamic_shapes=program.dynamic_shapes)
 
 
-@functools.cache
-def _once(name: str) -> fxopt.CapturedModule:
-    return captured(name, model_of(name))
-
-
+@captured_once
 def graph_of(name: str) -> fxopt.CapturedModule:
-    """Return a graph of ``model_of(name)``, which is captured once for all tests."""
-    return copy.deepcopy(_once(name))
+    """Return a graph of ``model_of(name)``."""
+    return captured(name, model_of(name))
 
 
 def same(a: Any, b: Any) -> bool:
