@@ -9,14 +9,16 @@ import torch
 
 from fxopt.args import arg, shape, tensor_arg
 
-__all__ = ["INPUT", "WEIGHT", "MatrixUse", "behind_transpositions"]
+__all__ = ["INPUT", "LOOKUPS", "WEIGHT", "MatrixUse", "behind_transpositions"]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
 
+LOOKUPS = (aten.embedding.default, aten.embedding_bag.padding_idx, aten.embedding_bag.default)
+"""Operators that look rows of a matrix up."""
 WEIGHT: dict[Any, str] = {
     aten.linear.default: "weight",
-    aten.embedding.default: "weight",
+    **dict.fromkeys(LOOKUPS, "weight"),
     aten.matmul.default: "other",
     aten.mm.default: "mat2",
     aten.addmm.default: "mat2",
@@ -29,7 +31,7 @@ INPUT: dict[Any, str] = {
     aten.addmm.default: "mat1",
 }
 """Operator: the argument that the matrix is multiplied by."""
-_ROWS_ARE_OUTPUTS = (aten.linear.default, aten.embedding.default)
+_ROWS_ARE_OUTPUTS = (aten.linear.default, *LOOKUPS)
 
 
 @dataclasses.dataclass(frozen=True)

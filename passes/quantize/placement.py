@@ -15,10 +15,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from fxopt.args import arg, module_path, shape
+from fxopt.args import arg, module_path, shape, tensor_arg
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.limits import limits_of
+from fxopt.passes.quantize.matrix_uses import LOOKUPS
 from fxopt.passes.quantize.shared_scales import Bounds, bounds_of, shared_scales
 from fxopt.passes.quantize.spec import QuantPlan, QuantSpec
 from fxopt.passes.quantize.target import Kernel, Output, Target
@@ -33,6 +34,7 @@ __all__ = [
     "node_names",
     "operands_of",
     "path_of",
+    "patterns_fitting",
     "place",
     "result_of",
 ]
@@ -140,7 +142,7 @@ def place(
         floats: Names of calls that stay float, besides.
 
     Raises:
-        PassError: a pattern fits nothing that has an integer kernel.
+        PassError: a pattern fits nothing that has an integer kernel, and no embedding that is left float.
     """
     specs: dict[str, QuantSpec] = {}
     notes: dict[str, str] = {}
@@ -149,25 +151,31 @@ def place(
     for module in graph_modules(gm):
         prefix = prefixes[module.graph]
         found = list(integer_sites(module.graph, target, notes, prefix))
-        left = {site.node: names for site in found if (names := _fitting(site, skip, prefix))}
+        left = {site.node: names for site in found if (names := patterns_fitting(site, skip, prefix))}
         unused -= {pattern for names in left.values() for pattern in names}
+        for call in (node for node in module.graph.nodes if node.target in LOOKUPS):  # not stored as integers: skipped
+            unused -= set(_fitting(call, tensor_arg(call, "weight"), skip, prefix))
         kept = [site for site in found if site.node not in left and prefix + site.node.name not in floats]
         placed = _Placement(module, target, prefix, kept)
         specs |= placed.specs(bits, min(bits, 8) if weight_bits is None else weight_bits)
     if unused:
         raise PassError(
             describe(
-                f"nothing that has an integer kernel fits {unused.pop()!r}",
+                f"nothing that has an integer kernel, and no embedding, fits {unused.pop()!r}",
                 wanted="a pattern of names of calls, parameters or modules, such as 'conv2d_3', 'features.0.*'",
             )
         )
     return QuantPlan(specs, notes)
 
 
-def _fitting(site: Site, patterns: Sequence[str], prefix: str) -> list[str]:
+def patterns_fitting(site: Site, patterns: Sequence[str], prefix: str) -> list[str]:
     """Return the patterns that fit a name of the call, its weight or its module."""
-    names = [prefix + site.node.name, module_path(site.node)]
-    names += [] if site.weight is None else [prefix + site.weight.name, str(site.weight.target)]
+    return _fitting(site.node, site.weight, patterns, prefix)
+
+
+def _fitting(call: torch.fx.Node, weight: torch.fx.Node | None, patterns: Sequence[str], prefix: str) -> list[str]:
+    names = [prefix + call.name, module_path(call)]
+    names += [] if weight is None else [prefix + weight.name, str(weight.target)]
     return [pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
 

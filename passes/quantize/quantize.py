@@ -21,6 +21,7 @@ from fxopt.pass_base import LossyPass, run_passes
 from fxopt.passes.quantize.budget import DEFAULT_WIDTHS, Budget, WidthSearch
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import shift_biases
+from fxopt.passes.quantize.embedding_tables import store_tables, store_tables_within
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
 from fxopt.passes.quantize.placement import place
 from fxopt.passes.quantize.preparation import PREPARATION, preparation_for
@@ -49,6 +50,7 @@ class Quantize(LossyPass):
         target: The runtime: ``"ort-cpu"`` or ``"onnx"``.
         plan: What to quantize; scales that it leaves open are calibrated. Made by the pass if None.
         skip: Patterns of what stays float: names of calls, parameters or modules, ``"features.0.*"``.
+        embeddings: Whether tables that rows are looked up in are stored in 8 bits; see :mod:`embedding_tables`.
         min_sqnr_db: Signal to quantization noise that every output must keep on the example inputs, in dB.
         no_saturation: Choose weight scales with which the 16-bit sums of CPUs without VNNI cannot overflow.
         metric: Takes what is called as the model is, and returns how good it is, higher for better. With it, layers get
@@ -83,6 +85,7 @@ class Quantize(LossyPass):
     target: str = "ort-cpu"
     plan: QuantPlan | None = dataclasses.field(default=None, repr=False)
     skip: tuple[str, ...] = ()
+    embeddings: bool = True
     min_sqnr_db: float = 10.0
     no_saturation: bool = True
     checkpoint: str | None = None
@@ -121,8 +124,9 @@ class Quantize(LossyPass):
         """
         refuse_quantized(rw, self.name)
         self._prepare(rw)
+        floats = self._with_tables(rw)
         rw.gm.recompile()
-        found = self._search(rw.gm, None, rw.notes)
+        found = self._search(rw.gm, floats, None, rw.notes)
         if found.gm is not rw.gm:
             rw.adopt(found.gm, why="; ".join(note for note in rw.notes if note.endswith(", kept")))
         rw.skips += [Skip(node, reason, None, self.name) for node, reason in found.plan.notes.items()]
@@ -144,11 +148,12 @@ class Quantize(LossyPass):
         rw = Rewriter(gm.clone(), self.name)
         refuse_quantized(rw, self.name)
         self._prepare(rw)
+        floats = self._with_tables(rw)
         rw.finish()
         if calibration is not None:
             rw.gm.calibration = calibration
         fixed = dataclasses.replace(self, recipe="fast")  # other recipes change weights, which a plan does not hold
-        return fixed._search(rw.gm, progress, []).plan
+        return fixed._search(rw.gm, floats, progress, []).plan
 
     def _prepare(self, rw: Rewriter) -> None:
         if rw.gm.training:
@@ -160,12 +165,24 @@ class Quantize(LossyPass):
             )
         run_passes(rw, preparation_for(TARGETS[self.target]))
 
+    def _with_tables(self, rw: Rewriter) -> CapturedModule:
+        """Store the tables of embeddings as integers, and return the graph that a metric is to be compared with."""
+        if not self.embeddings:
+            return rw.gm
+        target = TARGETS[self.target]
+        if self.metric is not None:
+            return store_tables_within(rw, target, self.skip, self.metric, self.max_drop)
+        store_tables(rw, target, self.skip)
+        return rw.gm
+
     def _budget(self) -> Budget | None:
         if self.metric is None:
             return None
         return Budget(self.metric, self.max_drop, self.widths or DEFAULT_WIDTHS, self.costs)
 
-    def _search(self, gm: CapturedModule, progress: Progress | None, notes: list[str]) -> Candidate:
+    def _search(
+        self, gm: CapturedModule, floats: CapturedModule, progress: Progress | None, notes: list[str]
+    ) -> Candidate:
         found, budget = self._uniform(gm, progress, notes), self._budget()
         if budget is None:
             return found
@@ -185,7 +202,7 @@ class Quantize(LossyPass):
             no_saturation=self.no_saturation,
         )
         try:
-            return widths.run(gm)
+            return widths.run(floats)
         finally:
             notes += widths.ledger
 

@@ -14,6 +14,7 @@ first layer in integers leaves 2 dB, and without it the others 30. Each layer of
 can still be stored in 8 bits (``weights_only=("lstm.weight_*_l0",)``). Layers of random weights keep some 38 dB.
 MiniLM-L6 keeps 11, and 18 without the one layer that such a unit feeds (``skip=("*layer.0.output.dense*",)``).
 
+Embeddings are looked up in tables of 8 bits in blocks, of which each run makes the rows floats that it needs.
 GRU and simple recurrent layers, and cells of one step, have no integer kernel. Their weights are stored as integers and
 made floats on each run: a quarter of the size, and some time on top, which a sequence of 50 steps hides and a single
 step does not.
@@ -43,14 +44,15 @@ from fxopt.passes.quantize.recurrent_weights import (
     store,
     why_no_constant,
 )
-from fxopt.passes.quantize.stored_weights import check_names
+from fxopt.passes.quantize.stored_weights import check_kinds, check_names, named_by
+from fxopt.passes.quantize.weight_only import TABLES
 from fxopt.rewriter import Rewriter
 
 __all__ = ["QuantizeDynamic"]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
-_KINDS = ("linear", *RECURRENT)
+_KINDS = ("linear", *RECURRENT, "embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +83,12 @@ _CONVOLUTIONS: dict[Any, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeDynamic(LossyPass):
-    """Quantize linear layers and LSTMs without calibration, and store the weights of GRU and RNN in 8 bits.
+    """Quantize linear layers and LSTMs without calibration, and store the weights of GRU, RNN, embeddings in 8 bits.
 
     Attributes:
-        kinds: What is quantized: "linear" (products with any constant matrix), "lstm", "gru", "rnn".
-        skip: Patterns of names of weights or nodes that stay as they are.
+        kinds: What is quantized: "linear" (products with any constant matrix), "lstm", "gru", "rnn", "embedding"
+            (tables whose rows are looked up, in blocks of 8 bits).
+        skip: Patterns of names of weights, nodes or modules that stay as they are.
         weights_only: Patterns of names of weights or nodes of LSTM layers whose weights are stored in 8 bits, as those
             of a GRU are, and which compute in floats.
         min_elements: Layers with smaller weights stay as they are.
@@ -108,12 +111,7 @@ class QuantizeDynamic(LossyPass):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if not isinstance(self.kinds, tuple):
-            raise TypeError(f"kinds is {self.kinds!r}; wanted a tuple, such as ('linear', 'lstm')")
-        if unknown := [kind for kind in self.kinds if kind not in _KINDS]:
-            raise ValueError(f"kinds holds {unknown[0]!r}; wanted {', '.join(_KINDS)}")
-        if not self.kinds:
-            raise ValueError(f"kinds is empty; wanted some of {', '.join(_KINDS)}")
+        check_kinds(self.kinds, _KINDS)
         if self.min_elements < 0:
             raise ValueError(f"min_elements is {self.min_elements}; wanted 0 or more")
         check_names(self.skip)
@@ -121,6 +119,9 @@ class QuantizeDynamic(LossyPass):
 
     def run(self, rw: Rewriter) -> None:
         """Quantize every layer whose weights allow it."""
+        if "embedding" in self.kinds:
+            tables = dataclasses.replace(TABLES, skip=self.skip, min_elements=self.min_elements)
+            tables.store(rw, self._is_product)
         rows = Int8Rows(rw, skip=self.skip, min_elements=self.min_elements, no_saturation=self.no_saturation)
         stored = 0
         if "linear" in self.kinds:
@@ -136,6 +137,13 @@ class QuantizeDynamic(LossyPass):
             rw.notes.append(f"weights of {rows.bytes_before} bytes take {rows.bytes_after} bytes in 8 bits")
         if stored:
             rw.notes.append(f"{stored} recurrent layers still compute in floats: smaller in a file, not faster")
+
+    def _is_product(self, call: Node) -> bool:
+        """Return whether a call multiplies by a matrix that becomes integers, as far as the call alone tells."""
+        if "linear" not in self.kinds or call.target not in _FORMS or _call_refusal(call) is not None:
+            return False
+        weight = tensor_arg(call, _FORMS[call.target].weight)
+        return weight.op == "get_attr" and not named_by(self.skip, call, (weight,))
 
 
 def _store(rw: Rewriter, call: Node, rows: Int8Rows) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from fxopt.args import tensor_arg
+from fxopt.args import module_path, tensor_arg
 from fxopt.attributes import get_path, owner_of
 from fxopt.effects import is_in_place
 from fxopt.graph_module import graph_modules
@@ -16,7 +16,7 @@ from fxopt.ops import UPDATE_BUFFER
 from fxopt.rewriter import Rewriter
 
 __all__ = [
-    "LayerWeight", "StoredWeights", "check_names", "named_by", "refusal", "replace_weight",
+    "LayerWeight", "StoredWeights", "check_kinds", "check_names", "named_by", "refusal", "replace_weight",
     "tensor_bytes",
 ]  # fmt: skip
 
@@ -119,8 +119,8 @@ def refusal(
 
 
 def named_by(patterns: Sequence[str], layer: Node, reads: Sequence[Node]) -> bool:
-    """Return whether a pattern such as ``"encoder.*"`` fits the name of a layer's node or of its weight."""
-    names = [layer.name, *(str(read.target) for read in reads)]
+    """Return whether a pattern such as ``"encoder.*"`` fits the name of a layer's node, module or weight."""
+    names = [layer.name, module_path(layer), *(str(read.target) for read in reads)]
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
@@ -128,6 +128,16 @@ def check_names(patterns: object, option: str = "skip") -> None:
     """Raise TypeError unless ``patterns`` is a tuple of texts: one text would be taken for a list of letters."""
     if not isinstance(patterns, tuple) or not all(isinstance(item, str) for item in patterns):
         raise TypeError(f"{option} is {patterns!r}; wanted a tuple of patterns, such as ('head*',)")
+
+
+def check_kinds(kinds: object, known: Sequence[str]) -> None:
+    """Raise TypeError unless ``kinds`` is a tuple, ValueError if it is empty or names what is not known."""
+    if not isinstance(kinds, tuple):
+        raise TypeError(f"kinds is {kinds!r}; wanted a tuple, such as {tuple(known[:2])}")
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"kinds holds {unknown[0]!r}; wanted {', '.join(known)}")
+    if not kinds:
+        raise ValueError(f"kinds is empty; wanted some of {', '.join(known)}")
 
 
 def tensor_bytes(*tensors: torch.Tensor | None) -> int:

@@ -72,6 +72,7 @@ class Target:
             one of floats.
         fewest_terms: How many products each number of a matrix product must add up: one or two are read faster in
             floats than they are converted.
+        block_tables: Whether it looks rows up in tables of 8 bits in blocks.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Target:
     fewest_macs: int = 0
     fewest_channels: int = 0
     fewest_terms: int = 3
+    block_tables: bool = False
 
 
 _CONV = Kernel(("input", "weight"), weight="weight", bias="bias", heavy=True)
@@ -136,6 +138,7 @@ ORT_CPU = Target(
     fewest_products=48,
     fewest_macs=16384,
     fewest_channels=16,
+    block_tables=True,
 )
 """ONNX Runtime's CPU provider: unsigned activations with a zero point, signed weights by channel.
 

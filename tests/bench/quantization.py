@@ -8,9 +8,9 @@ are trained nets on real data (``quantization_subjects.py``), with ``--random`` 
 at 224 px, which tell latency and coverage only. Columns are tools (``quantization_peers.py``). A cell:
 
     score · SQNR of the main output against f32 on inputs not calibrated on · times as fast as the f32 file in ORT ·
-    matmul-like kernels (conv, matmul, gemm) in integers / all, after ORT's optimizer · seconds from the net in memory
-    to the file, capture and calibration included · peak memory of the process until then, the libraries' own included
-    (in brackets what came after the net and the data were loaded)
+    matmul-like kernels (conv, matmul, gemm) in integers / all, after ORT's optimizer · size of the file · seconds from
+    the net in memory to the file, capture and calibration included · peak memory of the process until then, the
+    libraries' own included (in brackets what came after the net and the data were loaded)
 
 The cell of f32 has milliseconds in place of SQNR and ratio. A tool that fails with a free batch is tried with a fixed
 batch of one row; such a cell says "fixed batch". Each cell is a process of its own, one at a time. Both files run in
@@ -75,7 +75,7 @@ def text(tool: str, found: dict[str, Any]) -> str:
     else:
         parts += [] if found["sqnr_db"] is None else [f"{found['sqnr_db']:.1f} dB"]
         parts.append(f"{found['speed']:.2f}×")
-    parts += [f"{found['integer']}/{found['kernels']}", f"{found['seconds']:.1f} s"]
+    parts += [f"{found['integer']}/{found['kernels']}", f"{found['mib']:.1f} MiB", f"{found['seconds']:.1f} s"]
     parts.append(f"{found['peak_mib']:,.0f} (+{found['rise_mib']:,.0f}) MiB")
     return " · ".join(parts)
 

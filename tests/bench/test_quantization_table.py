@@ -35,8 +35,8 @@ def table(monkeypatch: pytest.MonkeyPatch, answers: dict, tools: tuple[str, ...]
 def test_a_cell_shows_all_that_was_measured(monkeypatch):
     answers = {("fp32",): dataclasses.asdict(CELL), ("ort_static",): dataclasses.asdict(CELL)}
     said = table(monkeypatch, answers, ("fp32", "ort_static"))
-    assert "| 0.500 · 2.00 ms · 3/4 · 1.2 s · 900 (+20) MiB |" in said
-    assert "| 0.500 · 12.0 dB · 1.50× · 3/4 · 1.2 s · 900 (+20) MiB |" in said
+    assert "| 0.500 · 2.00 ms · 3/4 · 1.0 MiB · 1.2 s · 900 (+20) MiB |" in said
+    assert "| 0.500 · 12.0 dB · 1.50× · 3/4 · 1.0 MiB · 1.2 s · 900 (+20) MiB |" in said
 
 
 def test_a_tool_that_fails_is_in_the_table_and_its_reason_below(monkeypatch):

@@ -39,13 +39,13 @@ KINDS: dict[str, Sequence[fxopt.Pass]] = {
     "4 bits, blocks of 128": (QuantizeWeights(block_size=128),),
     "4 bits, blocks of 128, GPTQ": (QuantizeWeights(block_size=128, rounding="gptq"),),
     "4 bits, int8 activations": (QuantizeWeights(accuracy_level=4),),
-    "4 bits, embeddings 8": (QuantizeWeights(embeddings=False), QuantizeWeights(bits=8)),
+    "4 bits, embeddings 8": (QuantizeWeights(kinds=("linear",)), QuantizeWeights(bits=8)),
     "2 bits, blocks of 16, embeddings 8": (
-        QuantizeWeights(bits=2, block_size=16, embeddings=False, **LOW),
+        QuantizeWeights(bits=2, block_size=16, kinds=("linear",), **LOW),
         QuantizeWeights(bits=8, **LOW),
     ),
     "2 bits, blocks of 16, GPTQ, embeddings 8": (
-        QuantizeWeights(bits=2, block_size=16, embeddings=False, rounding="gptq", **LOW),
+        QuantizeWeights(bits=2, block_size=16, kinds=("linear",), rounding="gptq", **LOW),
         QuantizeWeights(bits=8, **LOW),
     ),
     "tables of 16": (CodebookWeights(**LOW),),

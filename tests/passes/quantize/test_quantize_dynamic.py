@@ -1,5 +1,7 @@
 """Layers that find their ranges when they run: which become integers, which do not and why, and what that costs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fxopt.numerics import measure
 from fxopt.passes import Quantize, QuantizeDynamic
 from fxopt.passes.quantize.recurrent_weights import row_integers
 from fxopt.testing import check_pass
+from fxopt.weight_only_ops import GATHER_NBITS
 from tests.zoo import real
 
 SMALL = QuantizeDynamic(min_elements=64)
@@ -114,7 +117,25 @@ def test_a_shared_weight_is_stored_once_and_read_by_both():
 
 def test_a_shared_weight_stays_if_something_else_needs_its_floats():
     why = "its weight is also read by embedding (aten.embedding.default)"
-    check_pass(SMALL, Tied(words=True), torch.randint(0, 20, (2, 3)), changes=0, skips=[why, why])
+    layers = dataclasses.replace(SMALL, kinds=("linear",))
+    check_pass(layers, Tied(words=True), torch.randint(0, 20, (2, 3)), changes=0, skips=[why, why])
+
+
+def test_a_table_that_layers_share_is_looked_up_in_blocks_of_its_own():
+    net, index = Tied(words=True), torch.randint(0, 20, (2, 3))
+    result = check_pass(SMALL, net, index, changes=3, skips=[])
+    assert targets(result.gm).count(DYNAMIC_LINEAR) == 2
+    assert targets(result.gm).count(GATHER_NBITS) == 1
+    assert sorted(name for name, _ in result.gm.named_parameters()) == ["first.bias", "second.bias"]
+
+
+@pytest.mark.parametrize("options", [{"skip": ("first",)}, {"kinds": ("embedding",)}], ids=str)
+def test_a_table_stays_if_a_layer_goes_on_to_read_it(options):
+    why = "its weight is also read by linear (aten.linear.default)"
+    pass_ = dataclasses.replace(SMALL, **options)
+    result = pass_(fxopt.capture(Tied(words=True).eval(), (torch.randint(0, 20, (2, 3)),)))
+    assert not result.modified
+    assert result.skips[0].why == why
 
 
 class Refused(nn.Module):
@@ -238,7 +259,7 @@ def test_options_go_through_text():
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"kinds": ("conv",)}, ValueError, "kinds holds 'conv'; wanted linear, lstm, gru, rnn"),
+        ({"kinds": ("conv",)}, ValueError, "kinds holds 'conv'; wanted linear, lstm, gru, rnn, embedding"),
         ({"kinds": ()}, ValueError, "kinds is empty"),
         ({"kinds": "lstm"}, TypeError, "wanted a tuple, such as"),
         ({"min_elements": -1}, ValueError, "min_elements is -1; wanted 0 or more"),

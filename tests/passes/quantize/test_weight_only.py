@@ -110,7 +110,7 @@ def test_the_floats_of_a_shared_weight_are_in_no_file(tmp_path):
 
 
 def test_a_shared_weight_stays_if_one_reader_needs_floats():
-    pass_ = QuantizeWeights(min_elements=64, embeddings=False)
+    pass_ = QuantizeWeights(min_elements=64, kinds=("linear",))
     result = check_pass(pass_, Tied(), torch.randint(0, 20, (2, 3)), changes=0)
     assert [skip.why for skip in result.skips] == ["its weight is also read by embedding (aten.embedding.default)"]
 
@@ -188,7 +188,7 @@ def test_gradients_reach_what_stands_before():
 
 def test_two_passes_give_two_widths():
     net = nn.Sequential(nn.Embedding(30, 40), nn.Linear(40, 8))
-    passes = "quantize-weights{min_elements=64,embeddings=False},quantize-weights{bits=8,min_elements=64}"
+    passes = "quantize-weights{min_elements=64,kinds=linear},quantize-weights{bits=8,min_elements=64}"
     gm = fxopt.optimize(net, passes, (torch.tensor([[1, 2]]),), strict=True)
     widths = {node.target: fxopt.arg(node, "bits") for node in gm.graph.nodes if node.op == "call_function"}
     assert widths == {GATHER_NBITS: 8, MATMUL_NBITS: 4}
