@@ -17,7 +17,7 @@ hypothesis.settings.load_profile("explore" if os.environ.get("FXOPT_EXPLORE") el
 class _TorchRandom:
     """torch's generator in the form that hypothesis seeds before each example, so that a failing one repeats."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(torch.default_generator.manual_seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
@@ -45,10 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collectstart(collector: pytest.Collector) -> None:
     """Give the tensors that a module makes when it is imported the same values in every run."""
     if isinstance(collector, pytest.Module):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Start every test from the same random state."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
