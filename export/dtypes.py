@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import onnx_ir as ir
@@ -12,7 +12,10 @@ import torch
 
 from fxopt.export.kernels import KERNELS
 
-__all__ = ["HALF_TYPES", "Runtime", "is_truth", "kernel_dtype", "onnx_dtype", "promoted", "torch_dtype"]
+__all__ = [
+    "HALF_TYPES", "Runtime", "computed_dtype", "is_cast_with_care", "is_truth", "kernel_dtype", "onnx_dtype",
+    "promoted", "torch_dtype",
+]  # fmt: skip
 
 Runtime = Literal["ort-cpu", "onnx"]
 """Whose kernels a file is written for: ORT's on a CPU, or those of a device that has them in bfloat16 as well."""
@@ -90,6 +93,33 @@ def kernel_dtype(op_type: str, dtype: torch.dtype) -> torch.dtype:
     if supported is None or dtype in supported or dtype is torch.float16:
         return dtype
     return next((other for other in _SUBSTITUTES.get(dtype, ()) if other in supported), dtype)
+
+
+def computed_dtype(op_type: str, dtype: torch.dtype, attributes: Mapping[str, object]) -> torch.dtype:
+    """Return the type to compute a call of an operator in: that of :func:`kernel_dtype`, or one for its attributes.
+
+    Where 16-bit floats have a kernel, some of its forms do not: ORT 1.32 refuses to scatter with a reduction, and with
+    its optimizer on the process ends where it finds a cast between certain transpositions and a matrix product, which
+    it puts there itself for half precision; see :func:`is_cast_with_care`.
+    """
+    if dtype in HALF_TYPES:
+        if op_type.startswith("Scatter") and attributes.get("reduction") is not None:
+            return torch.float32
+        order = attributes.get("perm")
+        if op_type == "Transpose" and isinstance(order, Sequence) and is_cast_with_care(order):
+            return torch.float32
+    return kernel_dtype(op_type, dtype)
+
+
+def is_cast_with_care(order: Sequence[int]) -> bool:
+    """Return whether ORT 1.32 crashes on ``Transpose(order) -> Cast -> MatMul`` with a constant matrix.
+
+    It does, with its optimizer on, for three axes and more of which the first becomes the last or last but one, while
+    the others keep their order: it wants to move the transposition into the product. A cast in front of the
+    transposition is safe.
+    """
+    last = len(order) - 1
+    return last > 1 and list(order) in ([*range(1, last + 1), 0], [*range(1, last), 0, last])
 
 
 def promoted(operands: Iterable[tuple[torch.dtype, int] | object]) -> torch.dtype:

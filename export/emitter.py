@@ -18,7 +18,15 @@ import torch
 
 from fxopt.errors import ExportError
 from fxopt.export import schemas
-from fxopt.export.dtypes import HALF_TYPES, Runtime, is_truth, kernel_dtype, onnx_dtype, torch_dtype
+from fxopt.export.dtypes import (
+    HALF_TYPES,
+    Runtime,
+    computed_dtype,
+    is_cast_with_care,
+    is_truth,
+    onnx_dtype,
+    torch_dtype,
+)
 from fxopt.export.sizes import Size, SizeEmitter
 
 __all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "rank", "tensor_of"]
@@ -137,7 +145,7 @@ class Emitter:
         main = schemas.main_operand(values, op_type)
         if not domain and main is not None and main.dtype is not None:
             own = torch_dtype(main.dtype)
-            computed = kernel_dtype(op_type, own)
+            computed = computed_dtype(op_type, own, attributes)
             if own in HALF_TYPES and self.runtime == "onnx" and schemas.allows(op_type, self.opset, main.dtype):
                 computed = own
             if computed is not own:
@@ -246,7 +254,20 @@ class Emitter:
         held = tensor_of(value)
         if held is not None and held.numel() <= _NAMED_CONSTANT:
             return self.constant(held.to(dtype))
-        return self("Cast", value, to=int(wanted), dims=value.meta.get("dims"))
+        return self._cast_before_transposed(value, dtype) or self(
+            "Cast", value, to=int(wanted), dims=value.meta.get("dims")
+        )
+
+    def _cast_before_transposed(self, value: Value, dtype: torch.dtype) -> Value | None:
+        """Cast what is transposed in an order behind which no cast may stand; None if ``value`` is nothing such."""
+        producer = value.producer()
+        if producer is None or producer.op_type != "Transpose" or producer.inputs[0] is None:
+            return None
+        order = producer.attributes["perm"].as_ints()
+        narrowed = value.dtype == ir.DataType.FLOAT and dtype in HALF_TYPES  # which ORT casts back at once
+        if narrowed or not is_cast_with_care(order):
+            return None
+        return self.transpose(self.cast(producer.inputs[0], dtype), order)
 
     def set_dims(self, value: Value, shape: Sequence[Size]) -> None:
         """Record the shape of ``value``."""
