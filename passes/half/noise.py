@@ -13,7 +13,6 @@ rounding is used for whole programs by adjoint-based tools (Menon et al., ADAPT,
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,17 +20,17 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fxopt.attributes import get_path, owner_of
 from fxopt.dimensions import Sample
 from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
+from fxopt.passes.half.constants import HalfConstants
 from fxopt.passes.half.emulate import Accumulate, half_call
-from fxopt.passes.half.operators import base_name, is_float, is_move, is_noiseless, kept_operands, takes_numbers
+from fxopt.passes.half.operators import base_name, is_float, is_move, is_noiseless, kept_operands
 from fxopt.passes.half.plan import dtype_name
 from fxopt.regions import COND, WHILE_LOOP
 
-__all__ = ["Measured", "lost_numbers", "measure_noise"]
+__all__ = ["Measured", "measure_noise"]
 
 PROJECTIONS = 8
 """Random projections of the outputs for each sample: the standard error of a sum of many noises is far below 3 dB."""
@@ -101,12 +100,12 @@ def measure_noise(gm: CapturedModule, samples: Iterable[Sample], settings: Setti
         settings: How to measure.
         seed: Of the projections.
     """
-    found = Measured()
+    found, constants = Measured(), HalfConstants(settings.dtype)
     draw = torch.Generator().manual_seed(seed)
     count = 0
     for index, sample in enumerate(samples):
         leaves = gm.flatten_inputs(*sample.args, **sample.kwargs)
-        recording = _Recording(found, settings, with_noise=index < NOISE_SAMPLES)
+        recording = _Recording(found, settings, constants, with_noise=index < NOISE_SAMPLES)
         with isolated(gm), torch.set_grad_enabled(recording.with_noise):
             outputs = _Recorder(gm, recording).run(*leaves, enable_io_processing=False)
             if recording.with_noise:
@@ -116,23 +115,6 @@ def measure_noise(gm: CapturedModule, samples: Iterable[Sample], settings: Setti
         for name in table:
             table[name] /= max(count, 1)
     return found
-
-
-def lost_numbers(tensor: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Return what becomes of a constant in half that it must not become, or None.
-
-    A finite number must not become infinite, and a lone number that is not 0 must not become 0. That some of many
-    become 0 is noise, and is measured.
-    """
-    wide = tensor.detach().to(torch.float32)
-    half = wide.to(dtype).to(torch.float32)
-    name, limit = dtype_name(dtype), torch.finfo(dtype).max
-    if bool((half.isinf() & wide.isfinite()).any()):
-        largest = float(wide[wide.isfinite()].abs().max())
-        return f"the constant {largest:.4g} is infinite in {name}, which ends at {limit:.5g}"
-    if wide.numel() == 1 and bool((half == 0) & (wide != 0)):
-        return f"the constant {float(wide):.4g} is 0 in {name}"
-    return None
 
 
 @dataclasses.dataclass
@@ -148,8 +130,8 @@ class _Entry:
 class _Recording:
     """What is seen in the run of one sample."""
 
-    def __init__(self, found: Measured, settings: Settings, *, with_noise: bool) -> None:
-        self.found, self.settings, self.with_noise = found, settings, with_noise
+    def __init__(self, found: Measured, settings: Settings, constants: HalfConstants, *, with_noise: bool) -> None:
+        self.found, self.settings, self.constants, self.with_noise = found, settings, constants, with_noise
         self.entries: list[_Entry] = []
 
     def value(self, node: torch.fx.Node, value: torch.Tensor) -> torch.Tensor | None:
@@ -176,7 +158,7 @@ class _Recording:
     def operator(self, node: torch.fx.Node, args: Any, kwargs: Any, value: Any) -> list[torch.Tensor] | None:
         """Return the local rounding errors of a call in half for each float that it yields; None if it fails."""
         name, settings = self.settings.site_name(node), self.settings
-        lost = _lost_operand(node, args, kwargs, settings.dtype) or self._missing_kernel(node, args, kwargs)
+        lost = self.constants.lost_operand(node, args, kwargs) or self._missing_kernel(node, args, kwargs)
         if lost is not None:
             self.found.operators[name] = lost
             return None
@@ -185,7 +167,7 @@ class _Recording:
         if is_noiseless(node) and not constants:
             return [torch.zeros(()) for _ in leaves]
         try:
-            half = half_call(node.target, args, kwargs, settings.dtype, settings.accumulate)
+            half = self._half_call(node, args, kwargs)
         except (RuntimeError, NotImplementedError) as refused:
             self.found.operators[name] = f"it cannot be computed in half: {str(refused).partition(chr(10))[0][:120]}"
             return None
@@ -203,6 +185,12 @@ class _Recording:
                 return None
             errors.append(error)
         return errors
+
+    def _half_call(self, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
+        floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf) or _is_half(leaf)]
+        if is_noiseless(node) and all(map(_is_half, floats)):  # a table need not be widened for a few of its rows
+            return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes have a callable target
+        return half_call(node.target, args, kwargs, self.settings.dtype, self.settings.accumulate)
 
     def _missing_kernel(self, node: torch.fx.Node, args: Any, kwargs: Any) -> str | None:
         """Return why torch cannot run an operator in half, found by running it once: no table says it."""
@@ -249,6 +237,10 @@ class _Recording:
             for name, (own, cast) in sums.items():
                 self.found.noise[name] = self.found.noise.get(name, 0.0) + own * own / PROJECTIONS
                 self.found.cast_noise[name] = self.found.cast_noise.get(name, 0.0) + cast * cast / PROJECTIONS
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 def _signs(output: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
@@ -303,13 +295,13 @@ class _Recorder(EagerInterpreter):
 
     def _half_constants(self, n: torch.fx.Node) -> tuple[Any, Any]:
         """Return the arguments of a call with its constants in half, which is how they would be stored."""
-        dtype, kept = self.recording.settings.dtype, kept_operands(n)
+        kept = kept_operands(n)
 
         def operand(source: torch.fx.Node) -> Any:
             value = self.env[source]
             value = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)
             stored = source.op == "get_attr" and is_float(value) and source not in kept
-            return value.to(dtype) if stored else value
+            return self.recording.constants.stored(source, value) if stored else value
 
         args, kwargs = torch.fx.map_arg((n.args, n.kwargs), operand)
         return args, kwargs
@@ -333,25 +325,6 @@ class _Recorder(EagerInterpreter):
 
     def _inside(self, body: torch.fx.GraphModule, operands: Any) -> Any:
         return _Recorder(body, self.recording).run(*operands, enable_io_processing=False)
-
-
-def _lost_operand(node: torch.fx.Node, args: Any, kwargs: Any, dtype: torch.dtype) -> str | None:
-    """Return which constant or number of a call half precision does not hold, or None."""
-    for source in node.all_input_nodes:
-        value = source.op == "get_attr" and source not in kept_operands(node) and source.meta.get("val")
-        if is_float(value):
-            lost = lost_numbers(get_path(owner_of(source), str(source.target)), dtype)
-            if lost is not None:
-                return lost
-    if not takes_numbers(node.target):
-        return None
-    numbers = itertools.chain(args, (kwargs[key] for key in kwargs if key != "alpha"))
-    for number in numbers:
-        if isinstance(number, float | int) and not isinstance(number, bool) and math.isfinite(number):
-            lost = lost_numbers(torch.tensor(float(number)), dtype)
-            if lost is not None:
-                return lost
-    return None
 
 
 def _is_divided_by(node: torch.fx.Node) -> bool:

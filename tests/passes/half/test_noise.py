@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import fxopt
 from fxopt.passes.half import Emulated, PrecisionPlan, half_candidates
+from fxopt.passes.half.constants import lost_numbers
 from fxopt.passes.half.cut import in_decibels
-from fxopt.passes.half.noise import Measured, Settings, lost_numbers, measure_noise
+from fxopt.passes.half.noise import Measured, Settings, measure_noise
 from fxopt.passes.half.planning import signal_to_noise
 from tests.passes.half.nets import Branching, Vision, applied, graph_of, rewriter_of, transformer
 
@@ -116,3 +118,16 @@ def test_constants_that_half_does_not_hold(numbers, lost):
 def test_values_of_a_loop_or_branch_go_by_the_path_of_their_graph():
     found = measured(graph_of(Branching(), X.abs()))
     assert any(name.startswith("true_graph_0/") for name in found.noise)
+
+
+def test_constants_are_looked_at_once_however_many_inputs_run(monkeypatch):
+    from fxopt.passes.half import constants
+
+    seen = []
+    monkeypatch.setattr(constants, "lost_numbers", lambda tensor, dtype: seen.append(tensor.shape) and None)
+    net = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    gm = fxopt.capture(net.eval(), (torch.randint(0, 50, (2, 3)),))
+    samples = [fxopt.Sample.of((torch.randint(0, 50, (2, 3)),)) for _ in range(4)]
+    names = frozenset(node.name for node in gm.graph.nodes if node.op == "call_function")
+    measure_noise(gm, samples, Settings(torch.float16, 2.0, "float32", lambda node: node.name, names))
+    assert sorted(map(tuple, seen)) == [(8,), (8,), (8, 8), (8, 8), (50, 8)]
