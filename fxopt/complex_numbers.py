@@ -262,13 +262,20 @@ def _along_axes(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
     axes = rest[:count] or [0]
     if axes[0] is None or axes[0] == []:  # all of them
         axes = [list(range(rank))]
-    return run.call(node, node.target, run.pair(node, value), *(_axes(axis, rank) for axis in axes), *rest[count:])
+    pair = _as_summed(run, node, value)
+    return run.call(node, node.target, pair, *(_axes(axis, rank) for axis in axes), *rest[count:])
+
+
+def _as_summed(run: Pairs, node: torch.fx.Node, value: Any) -> torch.fx.Node:
+    """Return the pair of an operand, of the type that the call is asked to sum in, if it is asked for one."""
+    asked, pair = node.kwargs.get("dtype"), run.pair(node, value)
+    return run.call(node, _aten.to.dtype, pair, asked.to_real()) if isinstance(asked, torch.dtype) else pair
 
 
 @rule(_aten.sum.default, _aten.mean.default)
 def _over_all(run: Pairs, node: torch.fx.Node) -> torch.fx.Node:
     target = _aten.sum.dim_IntList if node.target is _aten.sum.default else _aten.mean.dim
-    return run.call(node, target, run.pair(node, node.args[0]), list(range(rank_of(node.args[0]))))
+    return run.call(node, target, _as_summed(run, node, node.args[0]), list(range(rank_of(node.args[0]))))
 
 
 @rule(_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default)

@@ -37,6 +37,7 @@ class Pairs:
     def __init__(self, rw: Rewriter, module: torch.fx.GraphModule) -> None:
         self.rw, self.module = rw, module
         self.pairs: dict[torch.fx.Node, torch.fx.Node] = {}
+        self._parts: dict[torch.fx.Node, tuple[torch.fx.Node, torch.fx.Node]] = {}
 
     def run(self) -> None:
         """Replace all complex values.
@@ -77,7 +78,11 @@ class Pairs:
     def parts(self, at: torch.fx.Node, value: Any) -> tuple[torch.fx.Node, torch.fx.Node]:
         """Return the real and the imaginary part of a value."""
         pair = self.pair(at, value)
-        return self.call(at, _aten.select.int, pair, -1, 0), self.call(at, _aten.select.int, pair, -1, 1)
+        known = self._parts.get(pair)
+        if known is None or any(part._erased for part in known):
+            known = self.call(at, _aten.select.int, pair, -1, 0), self.call(at, _aten.select.int, pair, -1, 1)
+            self._parts[pair] = known
+        return known
 
     def stacked(self, at: torch.fx.Node, re: torch.fx.Node, im: torch.fx.Node) -> torch.fx.Node:
         """Return the pair of two real values of one shape."""

@@ -71,6 +71,16 @@ def reshaped(x, y):
     return torch.view_as_real(parts * torch.tensor(0.5, dtype=torch.float64)), z.sum().abs(), z[0].mean().angle().cos()
 
 
+def summed_in_another_type(x, y):
+    z = torch.complex(x, y)
+    wide = (
+        z.sum(-1, dtype=torch.complex128),
+        z.mean((1, 2), dtype=torch.complex128),
+        z.cumsum(1, dtype=torch.complex128),
+    )
+    return *map(torch.view_as_real, wide), z.sum(dtype=torch.complex128).imag, x.sum(0, dtype=torch.complex64).real
+
+
 def multiplied(x, y):
     a, b = torch.complex(x, y), torch.complex(y, x)
     return torch.view_as_real(a @ b.transpose(1, 2)), (a[0] @ torch.complex(y, y)[0].t()).abs()
@@ -86,10 +96,20 @@ def real_and_complex_together(x, y):
 
 
 @pytest.mark.parametrize("model", [
-    arithmetic, conjugates, powers, moved, reduced, reshaped, multiplied, real_and_complex_together,
+    arithmetic, conjugates, powers, moved, reduced, reshaped, summed_in_another_type,
+    multiplied, real_and_complex_together,
 ])  # fmt: skip
 def test_complex_numbers_become_pairs(model):
     prove(model, X, Y)
+
+
+def test_the_parts_of_a_value_are_read_once():
+    def products(x, y):
+        z = torch.complex(x, y)
+        return (z * z).real, (z * (z + 1)).imag
+
+    types = [node.op_type for node in prove(products, X, Y).model.graph]
+    assert types.count("Gather") == 2 * 2 + 2  # parts of z and of z + 1, and one of each product
 
 
 @pytest.mark.filterwarnings("ignore:A window was not provided")
