@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from fxopt.export.dtypes import promoted
-from fxopt.export.emitter import Emitter, Number, Value, dtype_of, rank
+from fxopt.export.emitter import Emitter, Number, Value, dtype_of, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 
 aten = torch.ops.aten
@@ -201,11 +201,25 @@ def mul(emit: Emitter, x: Tensor, y: Tensor) -> Value:
     dtype = out_dtype(emit)
     if dtype is torch.bool:
         return emit("And", as_type(emit, x, dtype), as_type(emit, y, dtype))
+    if (held := _masked_weight(emit, x, y)) is not None:
+        return held
     left, right = as_type(emit, x, dtype), as_type(emit, y, dtype)
     for value, factor in ((left, right), (right, left)):
         if (root := _inverse_root(factor)) is not None:  # one rounding less, and the form in which ORT finds RMS norms
             return emit("Div", value, root)
     return emit("Mul", left, right)
+
+
+def _masked_weight(emit: Emitter, *factors: Tensor) -> Value | None:
+    """Return a pruned weight that nothing else reads as one constant; None if this is no weight and its mask."""
+    assert emit.node is not None
+    held = [(value, tensor_of(value)) for value in factors if isinstance(value, Value)]
+    for (value, weight), (_, mask), node in zip(held, reversed(held), emit.node.all_input_nodes, strict=False):
+        if weight is None or mask is None or mask.dtype is not torch.bool or weight.shape != mask.shape:
+            continue
+        if len(held) == 2 and weight.is_floating_point() and len(node.users) == 1:
+            return emit.initializer(str(value.meta["wanted"]), weight * mask, {"fxopt.stored": "times its mask"})
+    return None
 
 
 def _inverse_root(value: Value) -> Value | None:
