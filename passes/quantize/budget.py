@@ -11,7 +11,8 @@
    cheapest choice that should be within the budget is tried first.
 
 What is returned was measured: the graph that the metric saw is the graph that the pass makes. Every try is in the
-ledger. At most eight calls of the metric, and at most 22 more for step 4.
+ledger. At most eight calls of the metric, and at most 22 more for step 4, which a metric that is the noise itself
+(``Budget.least``) does not need.
 """
 
 from __future__ import annotations
@@ -62,12 +63,15 @@ class Budget:
         widths: What may be chosen for a layer: bits of 2 to 8 for its weight (activations then have 8), 16 for its
             activations, ``"float"``.
         costs: Measured times by name of layer and width; multiply-accumulates if None.
+        least: What the metric must be, whatever it is for the float model, which is not asked about then; the metric
+            has to rise where noise falls.
     """
 
     metric: Metric
     max_drop: float
     widths: tuple[Width, ...] = DEFAULT_WIDTHS
     costs: Costs | None = None
+    least: float | None = None
 
     def __post_init__(self) -> None:
         """Check the fields.
@@ -154,6 +158,23 @@ class WidthSearch:
         if not self.layers:
             self.ledger.append("accuracy budget: no layer has an integer kernel")
             return self.start
+        least, reference = self._least(gm)
+        table = self._table()
+        slack = _ROUNDING * max(abs(least), abs(reference or 0.0))
+        tries = WidthTries(table, self._graph_of, self.budget.metric, least - slack, self.ledger)
+        if not tries.measure(table.cheapest()):
+            tries.find(self._quieter(table))
+            if reference is not None and tries.dear:
+                tries.find_by_metric(reference)
+        if (found := tries.found) is None:
+            raise PassError(self._failure(tries, reference, least))
+        return found
+
+    def _least(self, gm: CapturedModule) -> tuple[float, float | None]:
+        """Return what the metric must be, and what it is for the float graph if that is of interest."""
+        if self.budget.least is not None:
+            self.ledger.append(f"8 bits everywhere are not enough: wanted {self.budget.least:.6g}")
+            return self.budget.least, None
         original = gm.clone()
         original.recompile()
         reference = measured(self.budget.metric, original, "the float graph")
@@ -161,16 +182,7 @@ class WidthSearch:
             raise ValueError(f"the metric returned {reference} for the float graph; wanted a finite number")
         least = reference - self.budget.max_drop
         self.ledger.append(f"float: metric {reference:.6g}; the budget allows {least:.6g}")
-        table = self._table()
-        slack = _ROUNDING * abs(reference)
-        tries = WidthTries(table, self._graph_of, self.budget.metric, least - slack, self.ledger)
-        if not tries.measure(table.cheapest()):
-            tries.find(self._quieter(table))
-            if tries.dear:
-                tries.find_by_metric(reference)
-        if (found := tries.found) is None:
-            raise PassError(self._failure(tries, reference, least))
-        return found
+        return least, reference
 
     def plan_for(self, widths: Mapping[str, Width]) -> QuantPlan:
         """Return the plan, with scales, that gives each layer this width; quantizers are placed anew."""
@@ -295,13 +307,18 @@ class WidthSearch:
             self._means = channel_means(self.gm, self.target, self._samples)
         return self._means
 
-    def _failure(self, tries: WidthTries, reference: float, least: float) -> str:
+    def _failure(self, tries: WidthTries, reference: float | None, least: float) -> str:
+        widths = ", ".join(map(str, self.budget.widths))
+        if reference is None:
+            wanted, larger = f"at least {least:.6g} dB", "a smaller min_sqnr_db"
+        else:
+            below = f"which is {self.budget.max_drop:g} below {reference:.6g} of the float graph"
+            wanted, larger = f"at least {least:.6g}, {below}", "a larger max_drop"
         return describe(
             "no choice of widths that quantizes anything is within the accuracy budget",
-            got=f"metric {tries.best:.6g} at best, in {tries.count} tries of widths "
-            + ", ".join(map(str, self.budget.widths)),
-            wanted=f"at least {least:.6g}, which is {self.budget.max_drop:g} below {reference:.6g} of the float graph",
-            try_="a larger max_drop, recipe='accurate', more calibration inputs"
+            got=f"metric {tries.best:.6g} at best, in {tries.count} tries of widths {widths}",
+            wanted=wanted,
+            try_=f"{larger}, recipe='accurate', more calibration inputs"
             + ("" if FLOAT in self.budget.widths else f", or {FLOAT!r} among the widths"),
         )
 

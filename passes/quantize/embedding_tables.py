@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 
-from fxopt.graph_module import CapturedModule
+from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.metric import Metric, measured
+from fxopt.passes.quantize.matrix_uses import LOOKUPS
 from fxopt.passes.quantize.placement import all_sites, patterns_fitting
 from fxopt.passes.quantize.target import Target
 from fxopt.passes.quantize.weight_only import TABLES
 from fxopt.rewriter import Rewriter
 
-__all__ = ["store_tables", "store_tables_within"]
+__all__ = ["has_tables", "store_tables", "store_tables_within"]
 
 _SHARE = 0.5  # of an accuracy budget that tables may take, so that layers find some left
+
+
+def has_tables(gm: CapturedModule) -> bool:
+    """Return whether a graph, or a graph inside it, looks rows up."""
+    return any(node.target in LOOKUPS for module in graph_modules(gm) for node in module.graph.nodes)
 
 
 def store_tables(rw: Rewriter, target: Target, skip: tuple[str, ...]) -> None:
@@ -40,12 +46,13 @@ def store_tables(rw: Rewriter, target: Target, skip: tuple[str, ...]) -> None:
 
 
 def store_tables_within(
-    rw: Rewriter, target: Target, skip: tuple[str, ...], metric: Metric, max_drop: float
-) -> CapturedModule:
-    """Do so if it takes at most half of an accuracy budget, and return the graph of floats as it was before.
+    rw: Rewriter, floats: CapturedModule, target: Target, skip: tuple[str, ...], metric: Metric, max_drop: float
+) -> None:
+    """Do so if it takes at most half of an accuracy budget.
 
     Args:
         rw: See :func:`store_tables`.
+        floats: The same graph, which stays as it is.
         target: The runtime.
         skip: Patterns of what stays float.
         metric: How good a model is; called twice if there are tables.
@@ -54,13 +61,11 @@ def store_tables_within(
     Raises:
         TypeError, ValueError: the metric returns no number.
     """
-    floats = rw.gm.clone()
-    floats.recompile()
-    trial = Rewriter(rw.gm.clone(), rw.pass_name)
+    trial = Rewriter(floats.clone(), rw.pass_name)
     store_tables(trial, target, skip)
     if not trial.changes:
         rw.skips += trial.skips
-        return floats
+        return
     trial.finish()
     before = measured(metric, floats, "the float graph")
     behind = measured(metric, trial.gm, "the graph with tables in 8 bits")
@@ -70,4 +75,3 @@ def store_tables_within(
         rw.notes.append(f"{found}, kept")
     else:
         rw.notes.append(f"{found}, which is more than half of the budget: they stay floats")
-    return floats

@@ -9,6 +9,7 @@ The graph that results is for evaluation. Its weights are integers; to train it 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
@@ -21,13 +22,14 @@ from fxopt.pass_base import LossyPass, run_passes
 from fxopt.passes.quantize.budget import DEFAULT_WIDTHS, Budget, WidthSearch
 from fxopt.passes.quantize.calibrate import Progress
 from fxopt.passes.quantize.correct_bias import shift_biases
-from fxopt.passes.quantize.embedding_tables import store_tables, store_tables_within
+from fxopt.passes.quantize.embedding_tables import has_tables, store_tables, store_tables_within
 from fxopt.passes.quantize.insert_qdq import InsertQdq, refuse_quantized
 from fxopt.passes.quantize.placement import place
+from fxopt.passes.quantize.precision import Precision
 from fxopt.passes.quantize.preparation import PREPARATION, preparation_for
 from fxopt.passes.quantize.ranges import RangeMethod
 from fxopt.passes.quantize.recipe import METHODS_TRIED, Recipe, Search
-from fxopt.passes.quantize.simulate import Simulation
+from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
 from fxopt.passes.quantize.spec import WIDTHS, QuantPlan
 from fxopt.passes.quantize.target import TARGETS
 from fxopt.passes.quantize.trials import Candidate
@@ -51,7 +53,8 @@ class Quantize(LossyPass):
         plan: What to quantize; scales that it leaves open are calibrated. Made by the pass if None.
         skip: Patterns of what stays float: names of calls, parameters or modules, ``"features.0.*"``.
         embeddings: Whether tables that rows are looked up in are stored in 8 bits; see :mod:`embedding_tables`.
-        min_sqnr_db: Signal to quantization noise that every output must keep on the example inputs, in dB.
+        min_sqnr_db: Signal to quantization noise that every output must keep on the example inputs, in dB. Where a
+            recipe that tries falls short of it, layers stay float, those first of which that costs least.
         no_saturation: Choose weight scales with which the 16-bit sums of CPUs without VNNI cannot overflow.
         metric: Takes what is called as the model is, and returns how good it is, higher for better. With it, layers get
             the cheapest widths with which it falls by at most ``max_drop``; see :mod:`fxopt.passes.quantize.budget`.
@@ -166,24 +169,36 @@ class Quantize(LossyPass):
         run_passes(rw, preparation_for(TARGETS[self.target]))
 
     def _with_tables(self, rw: Rewriter) -> CapturedModule:
-        """Store the tables of embeddings as integers, and return the graph that a metric is to be compared with."""
-        if not self.embeddings:
+        """Store the tables of embeddings as integers, and return the float graph that others are compared with."""
+        if not self.embeddings or not has_tables(rw.gm):
             return rw.gm
-        target = TARGETS[self.target]
+        target, floats = TARGETS[self.target], rw.gm.clone()
+        floats.recompile()
         if self.metric is not None:
-            return store_tables_within(rw, target, self.skip, self.metric, self.max_drop)
-        store_tables(rw, target, self.skip)
-        return rw.gm
+            store_tables_within(rw, floats, target, self.skip, self.metric, self.max_drop)
+        else:
+            store_tables(rw, target, self.skip)
+        return floats
 
     def _budget(self) -> Budget | None:
         if self.metric is None:
             return None
         return Budget(self.metric, self.max_drop, self.widths or DEFAULT_WIDTHS, self.costs)
 
+    def _enough(self, found: Candidate, gm: CapturedModule, floats: CapturedModule) -> Budget | None:
+        """Return the budget by which layers stay float if what was found is measured to be too noisy."""
+        if math.isnan(found.sqnr_db) or self.bits != 8 or self.weight_bits not in (None, 8):
+            return None  # nothing was measured, or other widths are asked for
+        simulation = Simulation(found.gm, found.plan, TARGETS[self.target])
+        examples = simulation.run_shifted(floats.samples, found.shifts)
+        left = min(found.sqnr_db, signal_to_noise(run_by_node(floats, floats.samples), examples))
+        return Budget(Precision(floats, gm), 0.0, least=self.min_sqnr_db) if left < self.min_sqnr_db else None
+
     def _search(
         self, gm: CapturedModule, floats: CapturedModule, progress: Progress | None, notes: list[str]
     ) -> Candidate:
-        found, budget = self._uniform(gm, progress, notes), self._budget()
+        found = self._uniform(gm, progress, notes)
+        budget = self._budget() or self._enough(found, gm, floats)
         if budget is None:
             return found
         if _several_processes():

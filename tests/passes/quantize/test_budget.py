@@ -7,7 +7,7 @@ from torch import nn
 
 import fxopt
 from fxopt import PassError
-from fxopt.export import coverage, to_onnx
+from fxopt.export import Session, coverage, to_onnx
 from fxopt.numerics import measure
 from fxopt.passes import Quantize
 from fxopt.passes.quantize.budget import Budget, WidthSearch
@@ -329,3 +329,43 @@ def test_preparation_is_what_names_the_layers_of_costs():
     assert [n.name for n in prepared.graph.nodes if n.target is torch.ops.aten.conv2d.default] == [
         "conv2d", "conv2d_1", "conv2d_2",
     ]  # fmt: skip
+
+
+# -- a noise that is allowed -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["auto", "accurate"])
+def test_layers_stay_float_where_8_bits_everywhere_are_too_noisy(recipe):
+    gm = fragile()
+    decibels = Counting(gm)
+    everywhere = decibels(quantized(gm, recipe=recipe))
+    small = quantized(gm, recipe=recipe, min_sqnr_db=everywhere + 3)
+    assert decibels(small) >= everywhere + 3
+    assert 0 < sum(kinds(small)) < 3
+    assert any(note.startswith("8 bits everywhere are not enough") for note in notes(small))
+    exact = measure(small(IMAGES), Session(to_onnx(small).to_bytes()).run((IMAGES,))[0])
+    assert exact.sqnr_db > everywhere + 10
+
+
+def test_the_noise_that_is_allowed_counts_tables_of_embeddings():
+    net = nn.Sequential(nn.Embedding(200, 32), nn.Linear(32, 200), nn.Linear(200, 32))
+    gm = fxopt.capture(net.eval(), (torch.arange(8),), dynamic_shapes=({0: "words"},))
+    data = [(torch.randint(0, 200, (8,)),) for _ in range(8)]
+    everywhere = fxopt.optimize(gm, [Quantize()], calibration=data, strict=True)
+    enough = measure(gm(*data[0]), everywhere(*data[0])).sqnr_db + 2
+    small = fxopt.optimize(gm, [Quantize(min_sqnr_db=enough)], calibration=data, strict=True)
+    floats = [node for node in small.graph.nodes if node.op == "get_attr" and node.target in ("1.weight", "2.weight")]
+    assert len(floats) == 1
+    for inputs in ((torch.arange(8),), *data):
+        assert measure(gm(*inputs), small(*inputs)).sqnr_db >= enough - 1
+
+
+def test_a_noise_that_no_integers_keep_is_refused():
+    with pytest.raises(PassError, match=r"(?s)wanted +at least 300 dB.*try +a smaller min_sqnr_db"):
+        quantized(fragile(), recipe="auto", min_sqnr_db=300)
+
+
+@pytest.mark.parametrize("options", [{"recipe": "fast"}, {"bits": 16, "recipe": "auto"}], ids=str)
+def test_nothing_is_searched_where_nothing_was_tried_or_other_widths_are_asked_for(options):
+    with pytest.raises(fxopt.ContractError):
+        quantized(fragile(), min_sqnr_db=120, **options)
