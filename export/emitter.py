@@ -146,7 +146,7 @@ class Emitter:
         if not domain and main is not None and main.dtype is not None:
             own = torch_dtype(main.dtype)
             computed = computed_dtype(op_type, own, attributes)
-            if own in HALF_TYPES and self.runtime == "onnx" and schemas.allows(op_type, self.opset, main.dtype):
+            if own is torch.bfloat16 and self.runtime == "onnx" and schemas.allows(op_type, self.opset, main.dtype):
                 computed = own
             if computed is not own:
                 values = schemas.cast_alike(op_type, self.opset, values, lambda value: self.cast(value, computed))

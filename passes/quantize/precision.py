@@ -30,7 +30,8 @@ class Precision:
             calibrated: A graph of the same inputs, with calibration inputs that can be read again.
         """
         rows = first_rows(calibration_samples(calibrated, calibration_of(calibrated)), _ROWS)
-        self._sets: list[Sequence[Sample]] = [merged_rows(calibrated, list(rows)), floats.samples]
+        sets: list[Sequence[Sample]] = [merged_rows(calibrated, list(rows)), floats.samples]
+        self._sets = [samples for samples in sets if samples]
         self._want = [run_by_node(floats, samples) for samples in self._sets]
 
     def __call__(self, model: Any) -> float:

@@ -189,9 +189,11 @@ class Quantize(LossyPass):
         """Return the budget by which layers stay float if what was found is measured to be too noisy."""
         if math.isnan(found.sqnr_db) or self.bits != 8 or self.weight_bits not in (None, 8):
             return None  # nothing was measured, or other widths are asked for
-        simulation = Simulation(found.gm, found.plan, TARGETS[self.target])
-        examples = simulation.run_shifted(floats.samples, found.shifts)
-        left = min(found.sqnr_db, signal_to_noise(run_by_node(floats, floats.samples), examples))
+        left = found.sqnr_db
+        if floats.samples:
+            simulation = Simulation(found.gm, found.plan, TARGETS[self.target])
+            examples = simulation.run_shifted(floats.samples, found.shifts)
+            left = min(left, signal_to_noise(run_by_node(floats, floats.samples), examples))
         return Budget(Precision(floats, gm), 0.0, least=self.min_sqnr_db) if left < self.min_sqnr_db else None
 
     def _search(

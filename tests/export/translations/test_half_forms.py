@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from fxopt.export import to_onnx
 from fxopt.export.dtypes import is_cast_with_care
-from tests.export.proof import prove
+from tests.export.proof import captured, prove
 
 ORDERS = [*itertools.permutations(range(3)), (1, 2, 0, 3), (1, 2, 3, 0), (0, 2, 1, 3), (2, 0, 1, 3)]
 SIZES = (2, 3, 4, 5)
@@ -59,3 +60,9 @@ def test_scattering_with_a_reduction_in_half_precision(reduce):
         torch.randn(2, 3).half(),
         dynamic=False,
     )
+
+
+def test_files_for_other_devices_can_be_opened_on_a_cpu_too():
+    gm = captured(Product((1, 0, 2), torch.float16, bias=True), torch.randn(SIZES[:3]).half())
+    types = [node.op_type for node in to_onnx(gm, runtime="onnx").model.graph]
+    assert types[:3] == ["Cast", "Transpose", "Cast"]

@@ -360,6 +360,13 @@ def test_the_noise_that_is_allowed_counts_tables_of_embeddings():
         assert measure(gm(*inputs), small(*inputs)).sqnr_db >= enough - 1
 
 
+def test_noise_is_measured_on_calibration_inputs_where_there_are_no_examples():
+    gm = fragile()
+    gm.calibration, gm.samples = [(IMAGES,)], ()
+    found = Quantize(min_sqnr_db=50)(gm)
+    assert 0 < sum(kinds(found.gm)) < 3
+
+
 def test_a_noise_that_no_integers_keep_is_refused():
     with pytest.raises(PassError, match=r"(?s)wanted +at least 300 dB.*try +a smaller min_sqnr_db"):
         quantized(fragile(), recipe="auto", min_sqnr_db=300)
