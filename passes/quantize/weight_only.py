@@ -39,6 +39,7 @@ Node = torch.fx.Node
 aten = torch.ops.aten
 _FLOORS = {2: 0.0, 4: 8.0, 8: 25.0}  # dB; int8 activations alone leave some 30
 _KINDS = ("linear", "embedding")
+_SMALLEST_BLOCK = 16
 _ACCURACY_LEVELS = (0, 1, 4)  # what the CPU kernels know: f32 without and with asking for it, and int8
 
 
@@ -48,7 +49,7 @@ class QuantizeWeights(Pass):
 
     Attributes:
         bits: Width of the integers: 2, 4 or 8.
-        block_size: Numbers that share a scale: a power of two, 16 or more.
+        block_size: Numbers that share a scale: a power of two, 16 or more; fewer where rows are shorter.
         symmetric: Leave out zero points: a little smaller, a little less accurate.
         search: How the range of a block is chosen; see :func:`quantize_blocks`.
         rounding: ``"nearest"``, or ``"gptq"``, by which on the calibration inputs the errors of some weights make up
@@ -84,8 +85,8 @@ class QuantizeWeights(Pass):
         """Check the options."""
         if self.bits not in BITS:
             raise ValueError(f"bits is {self.bits}; wanted {', '.join(map(str, BITS))}")
-        if self.block_size < 16 or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size is {self.block_size}; wanted a power of two of 16 or more")
+        if self.block_size < _SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size is {self.block_size}; wanted a power of two of {_SMALLEST_BLOCK} or more")
         if self.search not in ("absmax", "mse"):
             raise ValueError(f"search is {self.search!r}; wanted 'absmax' or 'mse'")
         if self.rounding not in ("nearest", "gptq"):
@@ -199,12 +200,14 @@ class _Blocks:
 
     def _quantized(self, use: MatrixUse, tensor: torch.Tensor) -> BlockWeight:
         if id(tensor) not in self._weights:
-            options = self.options
+            options, rows = self.options, tensor.detach() if use.by_rows else tensor.detach().t()
             self._weights[id(tensor)] = quantize_blocks(
-                tensor.detach() if use.by_rows else tensor.detach().t(),
-                bits=options.bits, block_size=options.block_size, symmetric=options.symmetric, search=options.search,
-            )  # fmt: skip
-
+                rows,
+                bits=options.bits,
+                block_size=_no_larger(options.block_size, rows.shape[1]),
+                symmetric=options.symmetric,
+                search=options.search,
+            )
         return self._weights[id(tensor)]
 
     def nodes(self, use: MatrixUse) -> tuple[Node, Node, Node | None]:
@@ -224,6 +227,11 @@ class _Blocks:
             )
             self._nodes[key] = (packed, scales, others[0] if others else None)
         return self._nodes[key]
+
+
+def _no_larger(block_size: int, row: int) -> int:
+    """Return the size of a block that is no larger than a row needs: the rest of it would be padding."""
+    return min(block_size, max(_SMALLEST_BLOCK, 1 << (row - 1).bit_length()))
 
 
 def _call_refusal(call: Node) -> str | None:
@@ -251,8 +259,9 @@ def _replace(rw: Rewriter, use: MatrixUse, nodes: tuple[Node, Node, Node | None]
     packed, scales, zero_points = nodes
     tensor = rw.tensor(use.read)
     features_in = tensor.shape[1 if use.by_rows else 0]
-    form = (options.bits, options.block_size, features_in)
-    why = f"weight {use.read.target} in {options.bits} bits, blocks of {options.block_size}"
+    block_size = _no_larger(options.block_size, features_in)
+    form = (options.bits, block_size, features_in)
+    why = f"weight {use.read.target} in {options.bits} bits, blocks of {block_size}"
     if use.call.target in LOOKUPS:
         index = tensor_arg(use.call, "indices")
         look_up = GATHER_NBITS, (packed, scales, zero_points, index, *form)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
+from fxopt.export import to_onnx
 from fxopt.passes import QuantizeWeights
 from fxopt.passes.quantize.blocks import quantize_blocks
 from fxopt.testing import check_pass
@@ -157,12 +158,21 @@ def test_leaves_weights_alone_by_name_size_type_and_value():
     check_pass(QuantizeWeights(), nn.Linear(40, 8), x, skips=["its weight has 320 elements, fewer than 4096"])
     check_pass(SMALL, nn.Linear(40, 8).double(), x.double(), skips=["its weight is torch.float64"])
     narrow = QuantizeWeights(bits=8, block_size=128, min_elements=1)
-    check_pass(narrow, nn.Linear(4, 8), torch.randn(2, 4), skips=["its blocks would take 1064 bytes instead of 128"])
+    check_pass(narrow, nn.Linear(4, 8), torch.randn(2, 4), skips=["its blocks would take 168 bytes instead of 128"])
     broken = nn.Linear(40, 8)
     with torch.no_grad():
         broken.weight[1, 2] = torch.inf
     result = SMALL(fxopt.capture(broken, (x,), verify=False))
     assert [skip.why for skip in result.skips] == ["its weight holds NaN or infinity"]
+
+
+@pytest.mark.parametrize(("row", "block"), [(8, 16), (16, 16), (17, 32), (40, 64), (200, 128)])
+def test_blocks_are_no_larger_than_rows(row: int, block: int) -> None:
+    pass_ = QuantizeWeights(bits=8, block_size=128, min_elements=1)
+    result = check_pass(pass_, nn.Embedding(50, row), torch.arange(6), changes=1, skips=[])
+    (call,) = (node for node in result.gm.graph.nodes if node.target is GATHER_NBITS)
+    assert fxopt.arg(call, "block_size") == block
+    to_onnx(result.gm)  # compared with ORT, optimizer off and on
 
 
 def test_leaves_alone_what_a_branch_is_handed():
@@ -181,7 +191,7 @@ def test_leaves_alone_what_a_branch_is_handed():
 
 def test_gradients_reach_what_stands_before():
     net = nn.Sequential(nn.Linear(4, 40), nn.Linear(40, 8))
-    gm = fxopt.optimize(net, [SMALL], (torch.randn(2, 4),), strict=True)
+    gm = fxopt.optimize(net, [QuantizeWeights(min_elements=200)], (torch.randn(2, 4),), strict=True)
     gm(torch.randn(2, 4)).sum().backward()
     assert float(dict(gm.named_parameters())["0.weight"].grad.abs().sum()) > 0
 
