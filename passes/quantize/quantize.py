@@ -37,6 +37,8 @@ from fxopt.rewriter import Rewriter
 
 __all__ = ["PREPARATION", "Quantize"]
 
+_CLEAR = 6.0  # dB on calibration inputs above what is asked for, with which the examples need no look
+
 
 @dataclasses.dataclass(frozen=True)
 class Quantize(LossyPass):
@@ -190,7 +192,7 @@ class Quantize(LossyPass):
         if math.isnan(found.sqnr_db) or self.bits != 8 or self.weight_bits not in (None, 8):
             return None  # nothing was measured, or other widths are asked for
         left = found.sqnr_db
-        if floats.samples:
+        if floats.samples and left < self.min_sqnr_db + _CLEAR:
             simulation = Simulation(found.gm, found.plan, TARGETS[self.target])
             examples = simulation.run_shifted(floats.samples, found.shifts)
             left = min(left, signal_to_noise(run_by_node(floats, floats.samples), examples))
