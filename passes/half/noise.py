@@ -187,10 +187,11 @@ class _Recording:
         return errors
 
     def _half_call(self, node: torch.fx.Node, args: Any, kwargs: Any) -> Any:
-        floats = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if is_float(leaf) or _is_half(leaf)]
-        if is_noiseless(node) and all(map(_is_half, floats)):  # a table need not be widened for a few of its rows
+        dtype, leaves = self.settings.dtype, pytree.tree_leaves((args, kwargs))
+        floats = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+        if is_noiseless(node) and all(leaf.dtype is dtype for leaf in floats):  # no table is widened for a few rows
             return node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes have a callable target
-        return half_call(node.target, args, kwargs, self.settings.dtype, self.settings.accumulate)
+        return half_call(node.target, args, kwargs, dtype, self.settings.accumulate)
 
     def _missing_kernel(self, node: torch.fx.Node, args: Any, kwargs: Any) -> str | None:
         """Return why torch cannot run an operator in half, found by running it once: no table says it."""
@@ -237,10 +238,6 @@ class _Recording:
             for name, (own, cast) in sums.items():
                 self.found.noise[name] = self.found.noise.get(name, 0.0) + own * own / PROJECTIONS
                 self.found.cast_noise[name] = self.found.cast_noise.get(name, 0.0) + cast * cast / PROJECTIONS
-
-
-def _is_half(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16)
 
 
 def _signs(output: torch.Tensor, draw: torch.Generator) -> torch.Tensor:

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 from fxopt.weight_only_ops import dequantize_blocks, pack_bits
 
-__all__ = ["BITS", "BlockWeight", "Search", "quantize_blocks"]
+__all__ = ["BITS", "SMALLEST_BLOCK", "BlockWeight", "Search", "block_size_problem", "quantize_blocks"]
 
 Search = Literal["absmax", "mse"]
+SMALLEST_BLOCK = 16
+"""Numbers in a block that MatMulNBits and GatherBlockQuantized have at least."""
 BITS = (2, 4, 8)
 """Widths that MatMulNBits has on a CPU."""
 _SHRINK = torch.linspace(1.0, 0.5, 16, dtype=torch.float64)  # of the range of a block, tried by "mse"
@@ -97,13 +99,20 @@ def quantize_blocks(
     )
 
 
+def block_size_problem(block_size: int) -> str | None:
+    """Return what is wrong with the size of a block, or None."""
+    if block_size < SMALLEST_BLOCK or block_size & (block_size - 1):
+        return f"block_size is {block_size}; wanted a power of two of {SMALLEST_BLOCK} or more"
+    return None
+
+
 def _check(weight: torch.Tensor, bits: int, block_size: int) -> None:
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} is no matrix with elements")
     if bits not in BITS:
         raise ValueError(f"bits is {bits}; wanted {', '.join(map(str, BITS))}")
-    if block_size < 16 or block_size & (block_size - 1):
-        raise ValueError(f"block_size is {block_size}; wanted a power of two of 16 or more")
+    if (problem := block_size_problem(block_size)) is not None:
+        raise ValueError(problem)
     if not bool(weight.isfinite().all()):
         raise ValueError("the weight holds NaN or infinity")
 

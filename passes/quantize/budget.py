@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from fxopt.args import module_path
-from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.metric import Metric, measured
@@ -34,7 +33,7 @@ from fxopt.passes.quantize.correct_bias import channel_means, corrections, shift
 from fxopt.passes.quantize.costs import FLOAT, Costs, Width, WidthTable, converted_numbers, macs_of, weight_elements
 from fxopt.passes.quantize.insert_qdq import InsertQdq
 from fxopt.passes.quantize.layout import Layout
-from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
+from fxopt.passes.quantize.merged_rows import calibration_rows
 from fxopt.passes.quantize.placement import Site, integer_sites, path_of, place
 from fxopt.passes.quantize.resolve import WeightScales, resolve, resolve_weights
 from fxopt.passes.quantize.simulate import Simulation, run_by_node, signal_to_noise
@@ -139,8 +138,7 @@ class WidthSearch:
         self._scales = WeightScales(no_saturation=no_saturation)
         self.ledger: list[str] = []
         self.layers = list(_layers(self.gm, start.plan, target))
-        samples = first_rows(calibration_samples(self.gm, calibration_of(self.gm)), _ROWS)
-        self._samples = merged_rows(self.gm, list(samples))
+        self._samples = calibration_rows(self.gm, _ROWS)
         self._means: Mapping[str, torch.Tensor] = {}
         self._wide: QuantPlan | None = None
         self._flat = len(list(graph_modules(self.gm))) == 1

@@ -28,19 +28,17 @@ def has_tables(gm: CapturedModule) -> bool:
 
 
 def store_tables(rw: Rewriter, target: Target, skip: tuple[str, ...]) -> None:
-    """Store the tables of embeddings in 8 bits, if the target can look rows up in blocks.
+    """Store the tables of embeddings in 8 bits, for a target that looks rows up in blocks.
 
     Args:
         rw: Of a graph that is prepared for quantization, before its layers are.
         target: The runtime.
         skip: Patterns of names of what stays float, as for :func:`place`.
     """
-    if not target.block_tables:
-        return
     products = {
         site.node
         for prefix, site in all_sites(rw.gm, target)
-        if site.is_layer and not patterns_fitting(site, skip, prefix)
+        if site.is_layer and not patterns_fitting(site.node, site.weight, skip, prefix)
     }
     dataclasses.replace(TABLES, skip=skip).store(rw, products.__contains__)
 

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from fxopt.calibration_data import calibration_samples
+from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
 
-__all__ = ["LeftOut", "MergedRows", "first_rows", "halved_rows", "merged_rows", "regrouped_rows", "row_count"]
+__all__ = [
+    "LeftOut", "MergedRows", "calibration_rows", "first_rows", "halved_rows", "merged_rows", "regrouped_rows",
+    "row_count",
+]  # fmt: skip
 
 
 class MergedRows:
@@ -65,6 +68,11 @@ def first_rows(samples: Iterator[Sample], rows: int) -> Iterator[Sample]:
         rows -= row_count(sample)
         if rows <= 0:
             return
+
+
+def calibration_rows(gm: CapturedModule, rows: int) -> list[Sample]:
+    """Return the first calibration inputs of a graph that have so many rows together, merged where it allows that."""
+    return merged_rows(gm, list(first_rows(calibration_samples(gm, calibration_of(gm)), rows)))
 
 
 def merged_rows(gm: CapturedModule, samples: list[Sample]) -> list[Sample]:

@@ -151,10 +151,10 @@ def place(
     for module in graph_modules(gm):
         prefix = prefixes[module.graph]
         found = list(integer_sites(module.graph, target, notes, prefix))
-        left = {site.node: names for site in found if (names := patterns_fitting(site, skip, prefix))}
+        left = {site.node: names for site in found if (names := patterns_fitting(site.node, site.weight, skip, prefix))}
         unused -= {pattern for names in left.values() for pattern in names}
         for call in (node for node in module.graph.nodes if node.target in LOOKUPS):  # not stored as integers: skipped
-            unused -= set(_fitting(call, tensor_arg(call, "weight"), skip, prefix))
+            unused -= set(patterns_fitting(call, tensor_arg(call, "weight"), skip, prefix))
         kept = [site for site in found if site.node not in left and prefix + site.node.name not in floats]
         placed = _Placement(module, target, prefix, kept)
         specs |= placed.specs(bits, min(bits, 8) if weight_bits is None else weight_bits)
@@ -168,12 +168,10 @@ def place(
     return QuantPlan(specs, notes)
 
 
-def patterns_fitting(site: Site, patterns: Sequence[str], prefix: str) -> list[str]:
-    """Return the patterns that fit a name of the call, its weight or its module."""
-    return _fitting(site.node, site.weight, patterns, prefix)
-
-
-def _fitting(call: torch.fx.Node, weight: torch.fx.Node | None, patterns: Sequence[str], prefix: str) -> list[str]:
+def patterns_fitting(
+    call: torch.fx.Node, weight: torch.fx.Node | None, patterns: Sequence[str], prefix: str
+) -> list[str]:
+    """Return the patterns that fit a name of a call, its weight or its module."""
     names = [prefix + call.name, module_path(call)]
     names += [] if weight is None else [prefix + weight.name, str(weight.target)]
     return [pattern for pattern in patterns if any(fnmatch.fnmatchcase(name, pattern) for name in names)]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.dimensions import Sample
 from fxopt.graph_module import CapturedModule
-from fxopt.passes.quantize.merged_rows import first_rows, merged_rows
+from fxopt.passes.quantize.merged_rows import calibration_rows
 from fxopt.passes.quantize.simulate import run_by_node, signal_to_noise
 
 __all__ = ["Precision"]
@@ -29,8 +28,7 @@ class Precision:
             floats: The float graph.
             calibrated: A graph of the same inputs, with calibration inputs that can be read again.
         """
-        rows = first_rows(calibration_samples(calibrated, calibration_of(calibrated)), _ROWS)
-        sets: list[Sequence[Sample]] = [merged_rows(calibrated, list(rows)), floats.samples]
+        sets: list[Sequence[Sample]] = [calibration_rows(calibrated, _ROWS), floats.samples]
         self._sets = [samples for samples in sets if samples]
         self._want = [run_by_node(floats, samples) for samples in self._sets]
 

@@ -116,7 +116,7 @@ class Quantize(LossyPass):
             RangeMethod.of(self.method)
         if self.metric is None and (self.max_drop or self.widths or self.costs is not None):
             raise ValueError("max_drop, widths and costs are for a metric, and none is given")
-        if self.metric is not None and (self.plan is not None or self.bits != 8 or self.weight_bits not in (None, 8)):
+        if self.metric is not None and (self.plan is not None or not self._in_8_bits):
             raise ValueError("a metric chooses the widths: leave out plan, bits and weight_bits, and use widths")
         self._budget()
 
@@ -172,15 +172,20 @@ class Quantize(LossyPass):
 
     def _with_tables(self, rw: Rewriter) -> CapturedModule:
         """Store the tables of embeddings as integers, and return the float graph that others are compared with."""
-        if not self.embeddings or not has_tables(rw.gm):
+        target = TARGETS[self.target]
+        if not self.embeddings or not target.block_tables or not has_tables(rw.gm):
             return rw.gm
-        target, floats = TARGETS[self.target], rw.gm.clone()
+        floats = rw.gm.clone()
         floats.recompile()
         if self.metric is not None:
             store_tables_within(rw, floats, target, self.skip, self.metric, self.max_drop)
         else:
             store_tables(rw, target, self.skip)
         return floats
+
+    @property
+    def _in_8_bits(self) -> bool:
+        return self.bits == 8 and self.weight_bits in (None, 8)
 
     def _budget(self) -> Budget | None:
         if self.metric is None:
@@ -189,7 +194,7 @@ class Quantize(LossyPass):
 
     def _enough(self, found: Candidate, gm: CapturedModule, floats: CapturedModule) -> Budget | None:
         """Return the budget by which layers stay float if what was found is measured to be too noisy."""
-        if math.isnan(found.sqnr_db) or self.bits != 8 or self.weight_bits not in (None, 8):
+        if math.isnan(found.sqnr_db) or not self._in_8_bits:
             return None  # nothing was measured, or other widths are asked for
         left = found.sqnr_db
         if floats.samples and left < self.min_sqnr_db + _CLEAR:

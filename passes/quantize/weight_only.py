@@ -27,7 +27,14 @@ from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.block_rounding import rounded_by_gptq
-from fxopt.passes.quantize.blocks import BITS, BlockWeight, Search, quantize_blocks
+from fxopt.passes.quantize.blocks import (
+    BITS,
+    SMALLEST_BLOCK,
+    BlockWeight,
+    Search,
+    block_size_problem,
+    quantize_blocks,
+)
 from fxopt.passes.quantize.matrix_uses import INPUT, LOOKUPS, WEIGHT, MatrixUse, behind_transpositions
 from fxopt.passes.quantize.stored_weights import StoredWeights, check_kinds, check_names, refusal, tensor_bytes
 from fxopt.rewriter import Rewriter
@@ -39,7 +46,6 @@ Node = torch.fx.Node
 aten = torch.ops.aten
 _FLOORS = {2: 0.0, 4: 8.0, 8: 25.0}  # dB; int8 activations alone leave some 30
 _KINDS = ("linear", "embedding")
-_SMALLEST_BLOCK = 16
 _ACCURACY_LEVELS = (0, 1, 4)  # what the CPU kernels know: f32 without and with asking for it, and int8
 
 
@@ -85,8 +91,8 @@ class QuantizeWeights(Pass):
         """Check the options."""
         if self.bits not in BITS:
             raise ValueError(f"bits is {self.bits}; wanted {', '.join(map(str, BITS))}")
-        if self.block_size < _SMALLEST_BLOCK or self.block_size & (self.block_size - 1):
-            raise ValueError(f"block_size is {self.block_size}; wanted a power of two of {_SMALLEST_BLOCK} or more")
+        if (problem := block_size_problem(self.block_size)) is not None:
+            raise ValueError(problem)
         if self.search not in ("absmax", "mse"):
             raise ValueError(f"search is {self.search!r}; wanted 'absmax' or 'mse'")
         if self.rounding not in ("nearest", "gptq"):
@@ -231,7 +237,7 @@ class _Blocks:
 
 def _no_larger(block_size: int, row: int) -> int:
     """Return the size of a block that is no larger than a row needs: the rest of it would be padding."""
-    return min(block_size, max(_SMALLEST_BLOCK, 1 << (row - 1).bit_length()))
+    return min(block_size, max(SMALLEST_BLOCK, 1 << (row - 1).bit_length()))
 
 
 def _call_refusal(call: Node) -> str | None:
