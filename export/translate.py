@@ -18,7 +18,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from fxopt import args
 from fxopt.errors import ExportError, FxoptError, describe
-from fxopt.export import decompose, finish, torchlib
+from fxopt.export import decompose, finish
 from fxopt.export.dtypes import Runtime, onnx_dtype
 from fxopt.export.emitter import Emitter, Value
 from fxopt.export.origins import WRITTEN_FOR
@@ -248,6 +248,8 @@ class _Translator:
     def _torchlib(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:
         if not isinstance(node.target, OpOverload):
             raise NotTranslated(f"{node.target} is not an ATen operator")
+        from fxopt.export import torchlib  # onnxscript is slow to load, and few files need it
+
         return torchlib.translate(self.emit, node.target, bound_arguments(node, env))
 
     def _decomposed(self, node: torch.fx.Node, env: Mapping[torch.fx.Node, Any]) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses import FakeTensorMode
@@ -154,6 +153,8 @@ class Decoder:
         self._known = {name: getattr(functions, name) for name in functions.__all__}
         self._hints: dict[Any, int] = {}
         self.renamed: dict[str, str] = {}
+        if symbols:  # torch's compiler comes with it, which takes longer to load than most graphs
+            from torch._dynamo.source import ConstantSource
         for name, entry in symbols.items():
             if entry["hint"] is None:
                 symbol = env.create_unbacked_symint().node.expr

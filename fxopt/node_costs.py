@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.args import size_text
 from fxopt.errors import InvariantError
@@ -76,6 +75,8 @@ class NodeCosts:
             return None
         if node.target in _VECTOR_PRODUCTS:
             return int(args[0].numel())
+        from torch.utils.flop_counter import FlopCounterMode  # it loads triton
+
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             node.target(*args, **kwargs)
         return int(counter.get_total_flops()) // 2

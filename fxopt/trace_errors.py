@@ -7,7 +7,6 @@ import traceback
 from pathlib import Path
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -80,7 +79,7 @@ def explained(error: BaseException, sizes: str | None = None) -> CaptureError:
             )
         )
     operator = _OPERATOR.search(text)
-    if operator is not None and isinstance(error, TorchDynamoException):
+    if operator is not None and _is_of_the_compiler(error):
         return CaptureError(
             describe(
                 f"torch traces the function that {operator[1].removesuffix('_impl')} is given by itself, and cannot",
@@ -97,6 +96,12 @@ def explained(error: BaseException, sizes: str | None = None) -> CaptureError:
             source=where,
         )
     )
+
+
+def _is_of_the_compiler(error: BaseException) -> bool:
+    from torch._dynamo.exc import TorchDynamoException  # seconds to load, which only a trace has taken already
+
+    return isinstance(error, TorchDynamoException)
 
 
 def _constraints(text: str) -> str:

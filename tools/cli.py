@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import gc
 import inspect
 import signal
 import tempfile
@@ -296,6 +297,7 @@ def demo(
 
 def main() -> None:
     """Run the command line: the console entry ``fxopt``."""
+    gc.freeze()  # what is imported stays: the collector need not look through it again, nor take it apart at the end
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half written is removed
     app(prog_name="fxopt")
 

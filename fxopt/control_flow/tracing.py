@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch._export import non_strict_utils
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -229,6 +228,8 @@ _ANSWERS: dict[str, Callable[..., torch.Tensor]] = {
 
 def _caller() -> types.CodeType:
     """Return the code that called the function which is being intercepted."""
+    from torch._export import non_strict_utils  # with torch's compiler, which takes seconds to load: not on import
+
     frame = sys._getframe(2)
     # Rewritten code calls by way of fxopt. Other modes stand between: torch.export has one inside this one, and fake
     # tensors take tolist() apart.

@@ -24,8 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
+import scipy  # loads its parts when they are first used
 import torch
 
 from fxopt.graph_module import CapturedModule, graph_modules

@@ -8,8 +8,7 @@ What is left is the largest set that is consistent: nothing was chosen on the wa
 from __future__ import annotations
 
 import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
+import scipy  # loads its parts when they are first used
 import torch
 
 from fxopt.passes.prune.constants import Constants

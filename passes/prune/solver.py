@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.sparse
+import scipy  # loads its parts when they are first used
 
 from fxopt.passes.prune.costs import Coordinate, Grid, Piece, Term, total
 

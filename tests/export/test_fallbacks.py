@@ -66,7 +66,6 @@ def test_no_function_is_left_in_the_model():
 def test_pieces_of_a_decomposition_carry_the_name_of_the_operator():
     file = prove(lambda x: F.pairwise_distance(x, x * 2), torch.randn(3, 4))
     assert {node.metadata_props["fxopt.node"] for node in file.model.graph} >= {"pairwise_distance"}
-    assert all("fxopt.source" in node.metadata_props or True for node in file.model.graph)
     assert any(node.name.startswith("pairwise_distance") for node in file.model.graph)
 
 

@@ -340,11 +340,17 @@ def test_progress_is_for_terminals_only(monkeypatch, terminal, quiet):
 
 
 def test_module_runs_as_a_program(folder):
-    command = [sys.executable, "-m", "fxopt.tools.cli"]
+    command = [sys.executable, "-X", "importtime", "-m", "fxopt.tools.cli"]
     shown = subprocess.run([*command, "--version"], cwd=folder, capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stdout.strip()) == (0, f"fxopt {fxopt.__version__}")
-    wrong = subprocess.run(
-        [*command, "optimize", "no.py:N", "-o", "o.onnx"], cwd=folder, capture_output=True, text=True
-    )
+    loaded = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()}
+    assert {"torch", "fxopt.passes"} <= loaded
+    # Each takes a second or more: not before it is used.
+    assert not {"torch._dynamo", "triton.runtime", "onnxscript", "scipy.sparse", "scipy.optimize"} & loaded
+
+
+def test_program_ends_with_the_status_of_a_wrong_command(folder):
+    command = [sys.executable, "-m", "fxopt.tools.cli", "optimize", "no.py:N", "-o", "o.onnx"]
+    wrong = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: there is no file no.py")
