@@ -10,6 +10,7 @@ import torch
 import fxopt
 from tests.distributed.cases import GRAPHS, LEARNED, STEPS, Blocks, X, Y, adam, masked, scores_of, train
 from tests.distributed.launch import trained_once
+from tests.distributed.train_ddp import train_all
 
 # Sums over a batch are taken in another order, five steps of Adam long: some units in the last place of 1.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
@@ -18,7 +19,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found, and in ``folder`` what process 0 saved."""
-    folder = trained_once("train_ddp", tmp_path_factory)
+    folder = trained_once(train_all, tmp_path_factory)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) | {"folder": folder} for rank in range(2)]
 
 

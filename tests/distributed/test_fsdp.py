@@ -10,12 +10,12 @@ import torch
 from tests.distributed.cases import GRAPHS, X, Y, adam, train
 from tests.distributed.launch import trained_once
 from tests.distributed.test_ddp import ROUNDING, assert_same
-from tests.distributed.train_fsdp import ALL, SHARDED, SPLIT, WRAPPED
+from tests.distributed.train_fsdp import ALL, SHARDED, SPLIT, WRAPPED, train_all
 
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = trained_once("train_fsdp", tmp_path_factory)
+    folder = trained_once(train_all, tmp_path_factory)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

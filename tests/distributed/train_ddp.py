@@ -1,12 +1,11 @@
-"""Train graphs with DistributedDataParallel: ``torchrun --nproc-per-node 2 -m tests.distributed.train_ddp FOLDER``."""
+"""Train graphs with DistributedDataParallel, for tests/distributed/test_ddp.py."""
 
 from __future__ import annotations
 
-import sys
+import pathlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import fxopt
@@ -28,9 +27,7 @@ from tests.distributed.cases import (
 )
 
 
-def main(folder: str) -> None:
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def train_all(rank: int, world: int, folder: pathlib.Path) -> None:
     x, y = X[rank::world], Y[rank::world]
     outcome: dict[str, Any] = {}
     for name, make in (GRAPHS | {"learned": LEARNED}).items():
@@ -39,15 +36,14 @@ def main(folder: str) -> None:
         losses = train(model, adam(model), x, y)
         outcome[name] = {"losses": losses, "state": gm.state_dict(), "evaluated": scores_of(model.eval()(X)).detach()}
         if rank == 0:
-            fxopt.save(gm, f"{folder}/{name}.fxopt")
+            fxopt.save(gm, folder / f"{name}.fxopt")
     outcome["other weights in each process"] = _other_weights(rank, x, y)
     outcome["batch norm"] = _batch_norm(x, y)
     outcome["ranges of each process"] = _own_ranges(x, y)
     outcome["pruner"] = _pruned(x, y)
     outcome["half"] = _half(x, y)
     outcome["adaptive"] = _adaptive(rank, x, y)
-    torch.save(outcome, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(outcome, folder / f"{rank}.pt")
 
 
 def _other_weights(rank: int, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
@@ -140,7 +136,3 @@ def _scaled_step(
 
 def train_loss(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(model(x), y)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

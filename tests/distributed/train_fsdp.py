@@ -1,14 +1,13 @@
-"""Train graphs with FSDP, both kinds: ``torchrun --nproc-per-node 2 -m tests.distributed.train_fsdp FOLDER``."""
+"""Train graphs with FSDP, both kinds, for tests/distributed/test_fsdp.py."""
 
 from __future__ import annotations
 
 import copy
-import sys
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -25,10 +24,8 @@ SPLIT = "masked and quantized"
 WHOLE = StateDictOptions(full_state_dict=True)
 
 
-def main(folder: str) -> None:
-    dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (2,))
-    rank, world = dist.get_rank(), dist.get_world_size()
+def train_all(rank: int, world: int, folder: pathlib.Path) -> None:
+    mesh = init_device_mesh("cpu", (world,))
     x, y = X[rank::world], Y[rank::world]
     outcome: dict[str, Any] = {}
     for name in SHARDED:
@@ -41,10 +38,9 @@ def main(folder: str) -> None:
         fully_shard(split.get_submodule(f"layers.{index}"), mesh=mesh)
     outcome[SPLIT]["split"] = _trained(fully_shard(split, mesh=mesh), x, y)
     outcome["between steps"] = _between_steps(mesh, x, y)
-    outcome["refused"] = _refused(mesh, f"{folder}/{rank}.fxopt")
+    outcome["refused"] = _refused(mesh, str(folder / f"{rank}.fxopt"))
     outcome["modes"] = _modes(mesh)
-    torch.save(outcome, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(outcome, folder / f"{rank}.pt")
 
 
 def _trained(model: Any, x: torch.Tensor, y: torch.Tensor) -> dict[str, Any]:
@@ -113,7 +109,3 @@ def _modes(mesh: Any) -> dict[str, bool]:
         evaluated = torch.equal(model.eval()(x), wanted)
         found[name] = drops and evaluated and not torch.equal(model.train()(x), wanted)
     return found
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -18,7 +18,10 @@ def test_eager_score_is_the_published_one(name):
     assert model.score(real.eager(model.load())) == pytest.approx(model.fp32, abs=5e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in real.REAL if name != BIG])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "mobilenetv2" else []) for n in real.REAL if n != BIG],
+)
 def test_score_falls_when_the_net_is_spoiled(name):
     model = real.REAL[name]
     net = model.load()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.passes import Cubic, Iterative, MaskPlan, OneShot, Prune, Pruner, ShrinkMasked, fine_tune
 from fxopt.passes.prune.schedule import Schedule
+from tests.distributed.launch import run_in_processes
 from tests.passes.prune.nets import net
 
 X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -272,10 +273,8 @@ def test_fine_tuning_trains_prunes_and_returns_to_the_mode() -> None:
 # ---- several processes
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    gm = fxopt.load(f"{folder}/net.fxopt").train()
+def _worker(rank: int, world: int, folder: pathlib.Path) -> None:
+    gm = fxopt.load(folder / "net.fxopt").train()
     outcome = {}
     for granularity in ("channels", "weights"):
         copied = gm.clone(copy_tensors=True)
@@ -289,13 +288,12 @@ def _worker(rank: int, world: int, folder: str) -> None:
         train(parallel, optimizer, 30, pruner=pruner, batches=own)
         assert_masked(pruner.gm, pruner.plan)
         outcome[granularity] = pruner.gm.state_dict()
-    torch.save(outcome, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(outcome, folder / f"{rank}.pt")
 
 
 def test_two_processes_have_the_same_masks_and_weights(tmp_path: pathlib.Path) -> None:
     fxopt.save(graph(), tmp_path / "net.fxopt")
-    torch.multiprocessing.spawn(_worker, (2, str(tmp_path)), nprocs=2)
+    run_in_processes(_worker, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for granularity, state in first.items():
         masks = [name for name in state if name.endswith(("_mask", "_channels"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import pathlib
 import re
@@ -17,6 +18,7 @@ from fxopt import CalibrationError
 from fxopt.errors import FileFormatError
 from fxopt.passes.quantize.calibrate import calibrate
 from fxopt.passes.quantize.sketch import ValueSketch
+from tests.distributed.launch import run_in_processes
 
 BATCH = ({0: "batch"},)
 
@@ -170,6 +172,17 @@ def test_graphs_inside() -> None:
 # ---- memory
 
 
+@contextlib.contextmanager
+def old_objects_set_aside() -> Iterator[None]:
+    """Take what there is out of ``gc.get_objects()``: millions of objects, in a process of many tests."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def live_elements() -> int:
     return sum(thing.numel() for thing in gc.get_objects() if type(thing) is Tensor)
 
@@ -180,19 +193,18 @@ def test_memory_does_not_grow_with_the_data(net: fxopt.CapturedModule, count: in
 
     def look(done: int, total: int | None) -> None:
         if done in (3, count // 16):
-            sizes.append(live_elements() - before)
+            sizes.append(live_elements())
 
     def batches() -> Iterator[Tensor]:
         for _ in range(count // 16):
             yield torch.randn(16, 8)
 
-    gc.collect()
-    before = live_elements()
-    calibrate(net, floats(net), batches, progress=look)
-    gc.collect()
-    assert len(sizes) == 2
-    assert max(sizes) <= 4 * 16 * 8  # a batch, and what the loop still holds of it
-    assert live_elements() <= before
+    with old_objects_set_aside():
+        calibrate(net, floats(net), batches, progress=look)
+        gc.collect()
+        assert len(sizes) == 2
+        assert 0 < min(sizes) <= max(sizes) <= 4 * 16 * 8  # a batch, and what the loop still holds of it
+        assert live_elements() == 0
 
 
 def test_values_are_dropped_behind_their_last_reader() -> None:
@@ -210,11 +222,11 @@ def test_values_are_dropped_behind_their_last_reader() -> None:
             alive.append(sum(type(t) is Tensor and t.shape == (7, 1000) for t in gc.get_objects()))
             super().update(tensor)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, old_objects_set_aside():
         patch.setattr("fxopt.passes.quantize.calibrate.ValueSketch", Watching)
         calibrate(gm, floats(gm), [torch.randn(7, 1000)])
     assert len(alive) == 31
-    assert max(alive) <= 4
+    assert 1 <= min(alive) <= max(alive) <= 4
 
 
 # ---- progress and errors
@@ -345,10 +357,8 @@ def test_damaged_checkpoint_is_refused(net: fxopt.CapturedModule, tmp_path: path
 # ---- several processes
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    gm = fxopt.load(f"{folder}/net.fxopt")
+def _worker(rank: int, world: int, folder: pathlib.Path) -> None:
+    gm = fxopt.load(folder / "net.fxopt")
     data = items()[rank::world]
     found = calibrate(gm, floats(gm), data, checkpoint=f"{folder}/state", checkpoint_seconds=0)
     if rank == 2:
@@ -356,15 +366,14 @@ def _worker(rank: int, world: int, folder: str) -> None:
     with pytest.raises(CalibrationError) as caught:
         calibrate(gm, floats(gm), data)
     outcome = {name: sketch.to_state() for name, sketch in found.items()}, str(caught.value)
-    torch.save(outcome, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(outcome, folder / f"{rank}.pt")
 
 
 def test_four_processes_give_what_one_gives_and_fail_together(
     net: fxopt.CapturedModule, tmp_path: pathlib.Path
 ) -> None:
     fxopt.save(net, tmp_path / "net.fxopt")
-    torch.multiprocessing.spawn(_worker, (4, str(tmp_path)), nprocs=4)
+    run_in_processes(_worker, 4, tmp_path)
     outcomes = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(4)]
     alone = calibrate(net, floats(net), items())
     for states, _ in outcomes:

@@ -8,6 +8,7 @@ from torch import nn
 
 import fxopt
 from fxopt.passes import Quantize, QuantPlan
+from tests.distributed.launch import run_in_processes
 
 BATCHES = [(torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)) * (seed + 1),) for seed in range(8)]
 
@@ -18,18 +19,12 @@ def graph():
     return fxopt.capture(net, BATCHES[0], dynamic_shapes=({0: "batch"},))
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    try:
-        Quantize().make_plan(graph(), BATCHES[rank::world]).save(pathlib.Path(folder) / f"{rank}.json")
-    finally:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+def _worker(rank: int, world: int, folder: pathlib.Path) -> None:
+    Quantize().make_plan(graph(), BATCHES[rank::world]).save(folder / f"{rank}.json")
 
 
 def test_four_processes_get_the_scales_of_one(tmp_path):
-    torch.multiprocessing.spawn(_worker, (4, str(tmp_path)), nprocs=4)
+    run_in_processes(_worker, 4, tmp_path)
     want = Quantize().make_plan(graph(), BATCHES)
     assert [QuantPlan.load(tmp_path / f"{rank}.json") for rank in range(4)] == [want] * 4
 
