@@ -297,9 +297,11 @@ def demo(
 
 def main() -> None:
     """Run the command line: the console entry ``fxopt``."""
-    gc.freeze()  # what is imported stays: the collector need not look through it again, nor take it apart at the end
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what is half written is removed
-    app(prog_name="fxopt")
+    try:
+        app(prog_name="fxopt")
+    finally:
+        gc.freeze()  # the process ends: looking for garbage in all that was imported would take a second
 
 
 if __name__ == "__main__":

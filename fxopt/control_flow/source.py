@@ -41,6 +41,17 @@ def is_library(code: types.CodeType) -> bool:
 
 def functions_of(code: types.CodeType) -> list[types.FunctionType]:
     """Return the functions that run this code object."""
+    frozen = gc.get_freeze_count() > 0
+    if frozen:  # by a program that serves models, say: the collector tells nothing of what it was told to leave alone
+        gc.unfreeze()
+    try:
+        return _referring(code)
+    finally:
+        if frozen:
+            gc.freeze()
+
+
+def _referring(code: types.CodeType) -> list[types.FunctionType]:
     return [f for f in gc.get_referrers(code) if isinstance(f, types.FunctionType) and f.__code__ is code]
 
 

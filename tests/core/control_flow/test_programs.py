@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -235,3 +236,16 @@ def test_model_is_left_as_it_was() -> None:
     assert type(model).forward.__code__ is code
     assert "__fxopt__" not in type(model).forward.__globals__
     assert type(model.last) is torch.Tensor  # what eager left there, not what the trace did
+
+
+def test_functions_of_a_program_that_froze_its_objects_are_found() -> None:
+    """Programs that serve models call gc.freeze(), and gc.get_referrers tells nothing of what is frozen."""
+    model = model_of("textbook")
+    gc.collect()
+    gc.freeze()
+    try:
+        gm = captured("textbook", model)
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert control_flow(gm)
