@@ -43,6 +43,7 @@ def test_accumulates_gradients_and_goes_on_from_a_saved_state(tmp_path: pathlib.
     assert_trained(fit(Accelerator(cpu=True, gradient_accumulation_steps=2), str(tmp_path), batch=4))
 
 
+@pytest.mark.slow
 def test_two_processes_accumulate_and_go_on_from_a_saved_state(tmp_path: pathlib.Path) -> None:
     torchrun("-m", "tests.distributed.train_accelerate", str(tmp_path), folder=tmp_path)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

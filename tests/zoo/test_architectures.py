@@ -9,9 +9,10 @@ from tests.zoo import architectures
 pytestmark = pytest.mark.zoo
 
 NAMES = (*architectures.CLASSIFIERS, *architectures.SEGMENTERS, *architectures.TRANSFORMERS)
+QUICK = ("resnet18", "mobilenet_v3_small", "bert", "llama")  # those that other quick tests take
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES])
 def test_output_depends_on_the_input(name):
     built = architectures.build(name)
     with torch.no_grad():

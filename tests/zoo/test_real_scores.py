@@ -10,18 +10,16 @@ pytestmark = pytest.mark.zoo
 
 MTCNN = ("PNet", "RNet", "ONet")
 BIG = "crepe_full"  # its score takes longer than all the others together
+SCORES = [pytest.param(n, marks=[pytest.mark.slow] if n in (BIG, "mobilenetv2") else []) for n in real.REAL]
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == BIG else []) for n in real.REAL])
+@pytest.mark.parametrize("name", SCORES)
 def test_eager_score_is_the_published_one(name):
     model = real.REAL[name]
     assert model.score(real.eager(model.load())) == pytest.approx(model.fp32, abs=5e-4)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n == "mobilenetv2" else []) for n in real.REAL if n != BIG],
-)
+@pytest.mark.parametrize("name", [case for case in SCORES if case.values != (BIG,)])
 def test_score_falls_when_the_net_is_spoiled(name):
     model = real.REAL[name]
     net = model.load()

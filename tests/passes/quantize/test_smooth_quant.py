@@ -179,6 +179,7 @@ def test_refuses_what_it_cannot_work_on():
         SmoothQuant(method="best")
 
 
+@pytest.mark.slow
 @pytest.mark.zoo
 def test_real_sentences():
     from tests.zoo import data, real
