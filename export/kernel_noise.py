@@ -68,4 +68,4 @@ class _Noisy(torch.fx.Interpreter):
             return value
         sign = torch.randint(0, 2, value.shape, generator=self._generator) * 2 - 1
         size = value.abs().clamp_min(1.0) if n.target in _OUTER else 1.0
-        return value + sign.to(value.device) * size * (torch.finfo(value.dtype).eps * self._scale)
+        return value + sign.to(value) * size * (torch.finfo(value.dtype).eps * self._scale)

@@ -14,11 +14,13 @@ from fxopt.export.guards import has_guards
 from fxopt.export.report import ValidationReport
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
+from fxopt.numerics import coarsest_eps, largest_noise, measure
 from fxopt.regions import holds_control_flow
 
-__all__ = ["Case", "cases"]
+__all__ = ["Case", "cases", "drowns", "nearer_case"]
 
 _SIZES = (1, 2, 5)
+_NEAR = 0.01  # of the spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +29,19 @@ class Case:
 
     Attributes:
         label: What to call it.
-        leaves: Flat inputs.
+        sample: The inputs.
+        leaves: The same, flat.
         outputs: Flat outputs of the graph; None where a guard of the graph does not hold.
         drawn: Whether the values were drawn, and nobody promised anything of them.
+        nearer: An input of the same sizes whose values are drawn near those of the example, if these are drawn apart.
     """
 
     label: str
+    sample: Sample
     leaves: list[Any]
     outputs: tuple[Any, ...] | None
     drawn: bool = False
+    nearer: Sample | None = None
 
     @property
     def wanted(self) -> list[tuple[int, Any]]:
@@ -45,35 +51,79 @@ class Case:
 
 def cases(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool, report: ValidationReport) -> Iterator[Case]:
     """Yield inputs with the outputs of the graph; what the graph itself cannot run becomes a note."""
-    for label, sample, drawn in _samples(gm, inputs, sizes):
-        try:
-            leaves = gm.flatten_inputs(*sample.args, **dict(sample.kwargs))
-            copy = sample.clone()
-            with isolated(gm):
-                outputs = gm.flat_outputs(*copy.args, **dict(copy.kwargs))
-        except GuardError:
-            report.notes.append(f"not compared on {label}: a guard of the graph does not hold")
-            yield Case(label, leaves, None, drawn)
-            continue
-        except Exception as error:
-            report.notes.append(
-                f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
-            )
-            continue
-        yield Case(label, leaves, outputs, drawn)
+    for label, sample, drawn, nearer in _samples(gm, inputs, sizes):
+        case = _case(gm, label, sample, report, drawn=drawn, nearer=nearer)
+        if case is not None:
+            yield case
 
 
-def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> Iterator[tuple[str, Sample, bool]]:
+def drowns(gm: CapturedModule, case: Case) -> bool:
+    """Return whether values that were drawn apart from the example's prove nothing.
+
+    They do not if one more rounding of the inputs moves an output by half of all its digits: recurrent layers, for
+    one, may be stable on what they were trained on and chaotic on anything else.
+    """
+    if case.nearer is None:
+        return False
+    moved, eps = _nudged(case.sample), coarsest_eps(gm)
+    with isolated(gm):
+        outputs = gm.flat_outputs(*moved.args, **dict(moved.kwargs))
+    pairs = [(want, outputs[place]) for place, want in case.wanted if isinstance(want, torch.Tensor)]
+    return any(
+        want.is_floating_point() and measure(want, other).max_abs > largest_noise(want, want, eps) > 0
+        for want, other in pairs
+    )
+
+
+def nearer_case(gm: CapturedModule, case: Case, report: ValidationReport) -> Case | None:
+    """Return what stands for a case that proves nothing, with a note of it; None if the graph cannot run that."""
+    assert case.nearer is not None
+    label = f"{case.label} near the example's"
+    report.notes.append(f"compared on {label}: farther away, one rounding of the inputs moves half of all digits")
+    found = _case(gm, label, case.nearer, report, drawn=True)
+    return None if found is None or found.outputs is None else found
+
+
+def _case(
+    gm: CapturedModule,
+    label: str,
+    sample: Sample,
+    report: ValidationReport,
+    *,
+    drawn: bool = False,
+    nearer: Sample | None = None,
+) -> Case | None:
+    """Return an input with the outputs of the graph; None, with a note, where the graph itself cannot run it."""
+    try:
+        leaves = gm.flatten_inputs(*sample.args, **dict(sample.kwargs))
+        copy = sample.clone()
+        with isolated(gm):
+            outputs = gm.flat_outputs(*copy.args, **dict(copy.kwargs))
+    except GuardError:
+        report.notes.append(f"not compared on {label}: a guard of the graph does not hold")
+        return Case(label, sample, leaves, None, drawn)
+    except Exception as error:
+        report.notes.append(
+            f"not compared on {label}: the graph itself cannot run it: {str(error).splitlines()[0][:160]}"
+        )
+        return None
+    return Case(label, sample, leaves, outputs, drawn, nearer)
+
+
+def _samples(
+    gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool
+) -> Iterator[tuple[str, Sample, bool, Sample | None]]:
     given = [Sample.of(one) for one in inputs] if inputs is not None else list(gm.samples)
     for index, sample in enumerate(given):
-        yield f"sample {index}", sample, False
+        yield f"sample {index}", sample, False, None
     if not given:
         return
+    other, near = _other_values(given[0]), _other_values(given[0], near=True)
     if inputs is None:
-        yield "other values", _other_values(given[0]), True
+        yield "other values", other, True, near
     if inputs is None and (holds_control_flow(gm) or has_guards(gm)):
         for label, sample in given[0].other_ways():
-            yield f"sample 0 {label}", sample, True
+            yield f"sample 0 {label}", sample, True, None
     if not sizes or not gm.dims:
         return
     seen = {tuple(sorted(gm.sizes_of(sample.leaves()).items())) for sample in given}
@@ -83,13 +133,19 @@ def _samples(gm: CapturedModule, inputs: Sequence[Any] | None, sizes: bool) -> I
             seen.add(tuple(sorted(chosen.items())))
             yield (
                 ", ".join(f"{name} = {value}" for name, value in chosen.items()),
-                gm.resized(chosen, _other_values(given[0])),
+                gm.resized(chosen, other),
                 True,
+                gm.resized(chosen, near),
             )
 
 
-def _other_values(sample: Sample) -> Sample:
-    """Return a sample of the same sizes and other values: normal ones of like scale, integers and flags shuffled."""
+def _other_values(sample: Sample, *, near: bool = False) -> Sample:
+    """Return a sample of the same sizes and other values: normal ones of like scale, integers and flags shuffled.
+
+    Args:
+        sample: The example.
+        near: Floats differ from the example's by a hundredth of their spread alone, and nothing else does.
+    """
     generator = torch.Generator().manual_seed(len(sample.leaves()))
 
     def other(leaf: Any) -> Any:
@@ -103,13 +159,30 @@ def _other_values(sample: Sample) -> Sample:
                 return leaf  # a mask, or counts
             spread, middle = float(finite.std()), float(finite.mean())
             drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64) * (spread or 1.0) + middle
+            if near:
+                return (leaf + _NEAR * (drawn - middle)).to(leaf.dtype)
             low, high = float(finite.min()), float(finite.max())
             # Clamped, many would be the same, and the order of equal values is nobody's promise.
             inside = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) * (high - low) + low
             return torch.where((drawn < low) | (drawn > high), inside, drawn).to(leaf.dtype)
+        if near:
+            return leaf
         return leaf.flatten()[torch.randperm(leaf.numel(), generator=generator)].view(leaf.shape)
 
     return sample.map(other)
+
+
+def _nudged(sample: Sample) -> Sample:
+    """Return a sample with each float moved by one rounding, up or down."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            return leaf
+        up = torch.rand(leaf.shape, generator=generator) < 0.5
+        return torch.nextafter(leaf, torch.where(up, torch.inf, -torch.inf).to(leaf.dtype))
+
+    return sample.map(moved)
 
 
 def _is_ordered(leaf: torch.Tensor) -> bool:

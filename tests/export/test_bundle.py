@@ -15,6 +15,7 @@ import fxopt
 from fxopt import passes
 from fxopt.errors import BundleError, ExportError
 from fxopt.export import verify_bundle, write_bundle
+from tests.export.chaotic import stable_where_trained
 from tests.export.faults import faults
 from tests.models.randomized import randomized
 
@@ -180,3 +181,11 @@ def test_nothing_is_left_of_a_bundle_that_fails(tmp_path):
     with pytest.raises(ExportError, match="train mode"):
         write_bundle(gm, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_vectors_are_of_inputs_on_which_rounding_does_not_decide(tmp_path):
+    write_bundle(stable_where_trained(), tmp_path / "bundle")
+    labels = [row["label"] for row in json.loads((tmp_path / "bundle" / "manifest.json").read_text())["vectors"]]
+    assert "other values near the example's" in labels
+    assert "other values" not in labels
+    verify_bundle(tmp_path / "bundle")

@@ -6,7 +6,9 @@ from torch import nn
 
 import fxopt
 from fxopt.export import Emitter, to_onnx, validate
+from fxopt.export.kernel_noise import kernel_noise
 from fxopt.export.registry import TRANSLATIONS
+from tests.export.chaotic import stable_where_trained
 from tests.export.proof import captured
 
 pytestmark = pytest.mark.ort
@@ -294,3 +296,19 @@ def test_a_graph_that_drowns_in_rounding_proves_nothing():
     file = to_onnx(right, validate=False)
     with pytest.raises(fxopt.NumericsError, match="ROUNDING bound"):
         validate(file, wrong)
+
+
+def test_values_on_which_a_graph_is_chaotic_are_replaced_by_some_near_the_example():
+    gm = stable_where_trained()
+    file = to_onnx(gm)
+    cases = {result.case for result in file.validation.results}
+    assert "other values" not in cases
+    assert {"sample 0", "other values near the example's"} <= cases
+    assert any("one rounding of the inputs moves half of all digits" in note for note in file.validation.notes)
+    assert file.validation.max_abs < 1e-5
+
+
+def test_noise_of_kernels_keeps_half_precision():
+    gm = fxopt.capture(nn.Sequential(nn.Sigmoid(), nn.Linear(4, 3)).half().eval(), (torch.rand(2, 4).half(),))
+    (noise,) = kernel_noise(gm, [torch.rand(2, 4).half()])
+    assert 0 < noise < 0.01
