@@ -16,6 +16,7 @@ Source: Jacob et al. 2018, Quantization and Training of Neural Networks, section
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -35,6 +36,7 @@ from fxopt.passes.cleanup.layer_weights import (
     weights_of,
     weights_refusal,
 )
+from fxopt.passes.cleanup.same_uses import Fold, alike
 from fxopt.rewriter import Rewriter
 
 __all__ = ["FoldBatchNorm"]
@@ -54,9 +56,10 @@ class FoldBatchNorm(Pass):
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it."""
         folded: set[str] = set()
+        sites = frozenset(rw.calls(_NORM))
         for norm in rw.calls(_NORM):
             statistics = arg(norm, "running_mean")
-            reason = _not_ready(norm) or _fold(rw, norm)
+            reason = _not_ready(norm) or _fold(rw, norm, sites)
             if reason is not None:
                 rw.skip(norm, reason)
             elif rw.readers(str(statistics.target), statistics.graph) == 0:
@@ -77,16 +80,23 @@ def _not_ready(norm: torch.fx.Node) -> str | None:
     return None
 
 
-def _fold(rw: Rewriter, norm: torch.fx.Node) -> str | None:
+def _fold(rw: Rewriter, norm: torch.fx.Node, sites: Collection[torch.fx.Node]) -> str | None:
     """Fold one batch norm, and return None; or return why that is impossible."""
     layer = arg(norm, "input")
-    reason = _refuses_after(rw, layer, norm) or fold_behind(rw, layer, norm, *_affine(rw, norm))
+    reason = _refuses_after(rw, layer, norm) or _fold_after(rw, layer, norm, sites)
     behind = next(iter(norm.users)) if len(norm.users) == 1 else None
     if reason is None or behind is None or behind.target not in LAYER_ARGUMENTS:
         return reason
     if arg(behind, LAYER_ARGUMENTS[behind.target][0]) is not norm:
         return reason
-    return _refuses_before(rw, norm, behind) or _fold_before(rw, norm, behind)
+    return _refuses_before(rw, norm, behind) or _fold_before(rw, norm, behind, sites)
+
+
+def _fold_after(
+    rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node, sites: Collection[torch.fx.Node]
+) -> str | None:
+    fold = Fold((arg(layer, LAYER_ARGUMENTS[layer.target][0]), layer, norm), layer=1, node=2)
+    return fold_behind(rw, alike(fold, sites), *_affine(rw, norm))
 
 
 def _refuses_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str | None:
@@ -132,13 +142,16 @@ def _pads(layer: torch.fx.Node) -> bool:
     return any(padding) if isinstance(padding, list | tuple) else bool(padding)
 
 
-def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:
+def _fold_before(
+    rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node, sites: Collection[torch.fx.Node]
+) -> str | None:
     scale, shift = _affine(rw, norm)
+    fold = Fold((arg(norm, "input"), norm, layer), layer=2, node=1)
     if layer.target is _NORM:
         new_weight, new_bias = fold_into_norm(*_affine(rw, layer), *_statistics(rw, layer), scale, shift)
         dtype = rw.tensor(arg(layer, "running_mean")).dtype
         new_weight, new_bias = new_weight.to(dtype), new_bias.to(dtype)
-        return install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
+        return install(rw, alike(fold, sites), new_weight, new_bias)
     weight, bias = weights_of(rw, layer)
     if layer.target is aten.addmm.default:
         new_weight, new_bias = fold_before(weight.t(), bias, scale, shift)
@@ -147,7 +160,7 @@ def _fold_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str
         new_weight, new_bias = fold_before(
             weight, bias, scale, shift, transposed=layer.target in TRANSPOSED_CONVOLUTIONS, groups=groups_of(layer)
         )
-    return install(rw, norm, layer, new_weight, new_bias, value=arg(norm, "input"))
+    return install(rw, alike(fold, sites), new_weight, new_bias)
 
 
 def _statistics(rw: Rewriter, norm: torch.fx.Node) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,7 @@ weight.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.layer_weights import LAYER_ARGUMENTS, fold_behind, weights_refusal
 from fxopt.passes.cleanup.memory import same_layout
+from fxopt.passes.cleanup.same_uses import Fold, alike
 from fxopt.rewriter import Rewriter
 
 __all__ = ["FoldScale"]
@@ -42,11 +44,12 @@ class FoldScale(Pass):
 
     def run(self, rw: Rewriter) -> None:
         """Run on one graph and the graphs inside it."""
+        sites = frozenset(rw.calls(*_OPERATORS))
         for node in rw.calls(*_OPERATORS):
             site = _site(node)
             if site is None:
                 continue
-            reason = _refusal(rw, site) or _fold(rw, site)
+            reason = _refusal(rw, site) or _fold(rw, site, sites)
             if reason is not None:
                 rw.skip(node, reason)
 
@@ -120,7 +123,7 @@ def _refusal(rw: Rewriter, site: _Site) -> str | None:
     return weights_refusal(rw, site.layer)
 
 
-def _fold(rw: Rewriter, site: _Site) -> str | None:
+def _fold(rw: Rewriter, site: _Site, sites: Collection[torch.fx.Node]) -> str | None:
     """Fold one constant, and return None; or return why that is impossible."""
     numbers, node = _along_channels(rw, site), site.node
     if numbers is None:
@@ -134,7 +137,8 @@ def _fold(rw: Rewriter, site: _Site) -> str | None:
         sign = alpha if node.target is aten.add.Tensor else -alpha
         first = arg(node, "self") is site.value and node.target is not aten.rsub.Scalar
         scale, shift = (one, sign * numbers) if first else (sign * one, numbers)
-    return fold_behind(rw, site.layer, node, scale, shift, value=site.value)
+    path = (arg(site.layer, LAYER_ARGUMENTS[site.layer.target][0]), site.layer, *reversed(site.between), node)
+    return fold_behind(rw, alike(Fold(path, layer=1, node=len(path) - 1), sites), scale, shift)
 
 
 def _along_channels(rw: Rewriter, site: _Site) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from fxopt.args import arg
 from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.cleanup.batch_norm_algebra import fold_after
+from fxopt.passes.cleanup.same_uses import Fold, uses
 from fxopt.rewriter import Rewriter
 
 __all__ = ["LAYER_ARGUMENTS", "fold_behind", "groups_of", "install", "sibling", "weights_of", "weights_refusal"]
@@ -55,25 +57,16 @@ def weights_of(rw: Rewriter, layer: torch.fx.Node) -> tuple[torch.Tensor, torch.
     return rw.tensor(weight), None if bias is None else rw.tensor(bias)
 
 
-def fold_behind(
-    rw: Rewriter,
-    layer: torch.fx.Node,
-    node: torch.fx.Node,
-    scale: torch.Tensor,
-    shift: torch.Tensor | None,
-    *,
-    value: torch.fx.Node | None = None,
-) -> str | None:
-    """Let a layer compute ``node``, which is ``scale * layer + shift``; return why that is impossible, or None.
+def fold_behind(rw: Rewriter, folds: Sequence[Fold], scale: torch.Tensor, shift: torch.Tensor | None) -> str | None:
+    """Let a layer compute ``scale * layer + shift``, which goes; return why that is impossible, or None.
 
     Args:
         rw: Of the pass.
-        layer: A layer whose weights can be changed, that ``node`` alone is computed from.
-        node: What is folded.
+        folds: Uses of one layer whose weights can be changed, all alike.
         scale: float64[channels].
         shift: float64[channels]; None for none, so that a layer without bias gets none.
-        value: The layer with its axes moved, if that is what ``node`` reads.
     """
+    layer = folds[0].call
     weight, bias = weights_of(rw, layer)
     moved = torch.zeros_like(scale) if shift is None else shift
     if layer.target is aten.addmm.default:
@@ -83,41 +76,43 @@ def fold_behind(
         transposed = layer.target in TRANSPOSED_CONVOLUTIONS
         new_weight, new_bias = fold_after(weight, bias, scale, moved, transposed=transposed, groups=groups_of(layer))
     kept = None if bias is None and shift is None else new_bias
-    return install(rw, node, layer, new_weight, kept, value=layer if value is None else value)
+    return install(rw, folds, new_weight, kept)
 
 
-def install(
-    rw: Rewriter,
-    node: torch.fx.Node,
-    layer: torch.fx.Node,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    value: torch.fx.Node,
-) -> str | None:
-    """Give a layer its new tensors, under their old names where nobody else reads these, and take out ``node``.
+def install(rw: Rewriter, folds: Sequence[Fold], weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """Give a layer its new tensors, under their old names where nobody else reads these, and take out what goes.
 
     Returns:
         Why that is impossible, or None.
     """
+    layer = folds[0].call
     if not all(bool(tensor.isfinite().all()) for tensor in (weight, bias) if tensor is not None):
         return f"the folded weights of {layer.name} are not finite in {weight.dtype}"
-    why = f"took in {node.name}"
+    why = f"took in {', '.join(fold.goes.name for fold in folds)}"
     _, weight_name, bias_name = LAYER_ARGUMENTS[layer.target]
     home = arg(layer, weight_name) or arg(layer, "running_mean")
     trainable = rw.tensor(home).requires_grad
+    near = layer if len(folds) == 1 else home  # which stands before all uses of it
     for name, plain_name, tensor in ((weight_name, "weight", weight), (bias_name, "bias", bias)):
         source = arg(layer, name)
         if tensor is None:
             continue
-        if source is not None and len(source.users) == 1 and rw.readers(str(source.target), source.graph) == 1:
+        if source is not None and uses(rw, source) == len(folds):
             rw.set_tensor(source, tensor, why=why)
         else:
             path = str(source.target) if source is not None else sibling(str(home.target), plain_name)
-            rw.set_arg(layer, name, rw.constant(path, tensor, near=layer, trainable=trainable, why=why), why=why)
+            held = rw.constant(path, tensor, near=near, trainable=trainable, why=why)
+            near = layer if len(folds) == 1 else held
+            for fold in folds:
+                rw.set_arg(fold.call, name, held, why=why)
+    for fold in folds:
+        _take_out(rw, fold.goes, fold.stays, f"folded into {fold.call.name}")
+    return None
+
+
+def _take_out(rw: Rewriter, node: torch.fx.Node, value: torch.fx.Node, why: str) -> None:
     note = "; train() will keep its present statistics" if "modes" in node.meta else ""
-    rw.replace_value(node, value, why=f"folded into {layer.name}{note}")
+    rw.replace_value(node, value, why=why + note)
     if not node._erased:
         # A batch norm that could be switched to training, where it writes its statistics; folded, it no longer can.
-        rw.discard(node, why=f"folded into {layer.name}")
-    return None
+        rw.discard(node, why=why)

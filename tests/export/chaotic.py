@@ -7,7 +7,7 @@ import fxopt
 
 
 class StableWhereTrained(nn.Module):
-    """Steps that settle for rows of means near 0.1 and 0.9, and are chaotic between; recurrent nets may be like that."""
+    """Steps that settle for rows of means near 0.1 and 0.9, and are chaotic between; recurrent nets may be so, too."""
 
     def __init__(self):
         super().__init__()

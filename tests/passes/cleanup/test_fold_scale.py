@@ -152,3 +152,18 @@ def test_a_scaled_residual_branch_is_added_in_integers():
     kinds = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     assert kinds.count(aten.mul.Tensor) == 0
     assert kinds.count(aten.add.Tensor) == 1
+
+
+def test_layer_that_is_called_twice_keeps_one_weight():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.gamma = nn.Linear(4, 4), nn.Parameter(torch.rand(4) + 0.5)
+
+        def forward(self, x):
+            return self.gamma * self.layer(x).transpose(0, 1) + self.gamma * self.layer(x.flip(0)).transpose(0, 1)
+
+    found = check_pass(FoldScale(), Twice(), ROWS)
+    assert [name for name, _ in found.gm.named_parameters()] == ["layer.weight", "layer.bias"]
+    assert calls(found.gm).count(aten.linear.default) == 2
+    assert aten.mul.Tensor not in calls(found.gm)
