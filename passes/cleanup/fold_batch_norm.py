@@ -6,6 +6,9 @@
     before:  y = batch_norm(x, ...);  z = conv2d(y, w, b)      without padding
     after:   z = conv2d(x, w', b')       w' = w s (along the inputs),  b' = b + sum(w t),  t = beta - mean s
 
+Pools may stand before the batch norm of the first form: a mean of values that are all scaled and shifted alike is the
+mean, scaled and shifted; so is the largest of them, where no scale is negative.
+
 In evaluation both sides are the same function of real numbers; w' and b' are computed in float64 and rounded once. With
 padding the second form would pad with zeros where the first pads with t, so it is taken only where t is zero; so it is
 before a transposed convolution, whose border gets fewer terms than its middle. A batch norm behind another one is such
@@ -16,7 +19,7 @@ Source: Jacob et al. 2018, Quantization and Training of Neural Networks, section
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
@@ -43,6 +46,11 @@ __all__ = ["FoldBatchNorm"]
 
 aten = torch.ops.aten
 _NORM = aten.batch_norm.default
+_LARGEST = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
+_MEANS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
+_MEANS_OF_ALL = frozenset(
+    {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +90,8 @@ def _not_ready(norm: torch.fx.Node) -> str | None:
 
 def _fold(rw: Rewriter, norm: torch.fx.Node, sites: Collection[torch.fx.Node]) -> str | None:
     """Fold one batch norm, and return None; or return why that is impossible."""
-    layer = arg(norm, "input")
-    reason = _refuses_after(rw, layer, norm) or _fold_after(rw, layer, norm, sites)
+    layer, pools = _layer_before(norm)
+    reason = _refuses_after(rw, layer, pools, norm) or _fold_after(rw, layer, pools, norm, sites)
     behind = next(iter(norm.users)) if len(norm.users) == 1 else None
     if reason is None or behind is None or behind.target not in LAYER_ARGUMENTS:
         return reason
@@ -92,21 +100,61 @@ def _fold(rw: Rewriter, norm: torch.fx.Node, sites: Collection[torch.fx.Node]) -
     return _refuses_before(rw, norm, behind) or _fold_before(rw, norm, behind, sites)
 
 
+def _layer_before(norm: torch.fx.Node) -> tuple[torch.fx.Node, tuple[torch.fx.Node, ...]]:
+    """Return what stands before a batch norm, and the pools between both, the first one first."""
+    pools: list[torch.fx.Node] = []
+    layer = arg(norm, "input")
+    while layer.target in _LARGEST | _MEANS | _MEANS_OF_ALL:
+        pools.insert(0, layer)
+        layer = arg(layer, "self")
+    return layer, tuple(pools)
+
+
 def _fold_after(
-    rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node, sites: Collection[torch.fx.Node]
+    rw: Rewriter,
+    layer: torch.fx.Node,
+    pools: Sequence[torch.fx.Node],
+    norm: torch.fx.Node,
+    sites: Collection[torch.fx.Node],
 ) -> str | None:
-    fold = Fold((arg(layer, LAYER_ARGUMENTS[layer.target][0]), layer, norm), layer=1, node=2)
+    path = (arg(layer, LAYER_ARGUMENTS[layer.target][0]), layer, *pools, norm)
+    fold = Fold(path, layer=1, node=len(path) - 1)
     return fold_behind(rw, alike(fold, sites), *_affine(rw, norm))
 
 
-def _refuses_after(rw: Rewriter, layer: torch.fx.Node, norm: torch.fx.Node) -> str | None:
+def _refuses_after(
+    rw: Rewriter, layer: torch.fx.Node, pools: Sequence[torch.fx.Node], norm: torch.fx.Node
+) -> str | None:
     """Return why the batch norm cannot go into the operator before it, or None."""
     # A batch norm before another one is folded into that when it is looked at itself.
     if layer.op != "call_function" or layer.target not in LAYER_ARGUMENTS or layer.target is _NORM:
         return f"{layer.name} before it is not a convolution or linear layer"
-    if len(layer.users) > 1:
-        return f"{layer.name} has {len(layer.users)} users"
-    return weights_refusal(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of {layer.name}")
+    for node in (layer, *pools):
+        if len(node.users) > 1:
+            return f"{node.name} has {len(node.users)} users"
+    reason = weights_refusal(rw, layer) or _wrong_axis(rw, layer, f"axis 1 of {layer.name}")
+    return reason or _pool_refusal(rw, pools, norm)
+
+
+def _pool_refusal(rw: Rewriter, pools: Sequence[torch.fx.Node], norm: torch.fx.Node) -> str | None:
+    """Return why the batch norm cannot go through pools, or None."""
+    if not pools:
+        return None
+    scale, shift = _affine(rw, norm)
+    for pool in pools:
+        if pool.target in _LARGEST and bool((scale < 0).any()):
+            return f"{pool.name} takes the largest values, and {int((scale < 0).sum())} scales are negative"
+        if pool.target in _MEANS and bool(shift.any()) and not _is_mean(pool):
+            return f"{pool.name} counts zeros of its padding, or divides by another number"
+    return None
+
+
+def _is_mean(pool: torch.fx.Node) -> bool:
+    """Return whether an average pool averages nothing but values of its input."""
+    padding = arg(pool, "padding")
+    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
+    divisor = None if pool.target is aten.avg_pool1d.default else arg(pool, "divisor_override")
+    return divisor is None and not (padded and arg(pool, "count_include_pad"))
 
 
 def _refuses_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:

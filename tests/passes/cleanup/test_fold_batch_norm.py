@@ -261,53 +261,6 @@ def test_shared_convolution_is_folded_into_weights_of_its_own() -> None:
     assert len(weights) == 2
 
 
-class Twice(nn.Module):
-    """A layer and its batch norm that read two inputs, one after the other; a third one goes through part of them."""
-
-    def __init__(self, order: str, third: str = "") -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(4, 4, 3, bias=False), used(nn.BatchNorm2d(4))
-        self.steps = [{"c": self.conv, "n": self.norm, "r": torch.relu}[letter] for letter in order]
-        self.third = [{"c": self.conv, "n": self.norm}[letter] for letter in third]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b, c = x, x.flip(1) * 2, x.flip(2)
-        for step in self.steps:
-            a, b = step(a), step(b)
-        for step in self.third:
-            c = step(c)
-        return torch.cat([a, b] + [c] * bool(self.third), 1)
-
-
-@pytest.mark.parametrize("order", ["cn", "cnr", "rnc", "rnrnc"])
-def test_layer_that_is_called_twice_keeps_one_weight_and_its_name(order: str) -> None:
-    model = Twice(order).eval()
-    result = check_pass(FoldBatchNorm(), model, images(4, 6, 6))
-    assert [name for name, _ in result.gm.named_parameters() if name.startswith("conv")] == ["conv.weight", "conv.bias"]
-    norms = [node for node in result.gm.graph.nodes if node.target is torch.ops.aten.batch_norm.default]
-    assert len(norms) == 2 * (order.count("n") - 1)
-    convolutions = [node for node in result.gm.graph.nodes if node.target is torch.ops.aten.conv2d.default]
-    assert len({(fxopt.arg(node, "weight"), fxopt.arg(node, "bias")) for node in convolutions}) == 1
-    assert len(convolutions) == 2
-
-
-@pytest.mark.parametrize("third", ["c", "nc"])
-def test_another_use_of_the_layer_keeps_the_weight_that_it_had(third: str) -> None:
-    result = check_pass(FoldBatchNorm(), Twice("cn", third).eval(), images(4, 6, 6))
-    convolutions = [node for node in result.gm.graph.nodes if node.target is torch.ops.aten.conv2d.default]
-    weights = [result.gm.get_parameter(str(fxopt.arg(node, "weight").target)) for node in convolutions]
-    assert weights[0] is weights[1]
-    assert weights[2] is not weights[0]
-
-
-def test_one_of_two_places_is_folded_alone_if_it_alone_is_asked_for() -> None:
-    gm = fxopt.capture(Twice("cn").eval(), (images(4, 6, 6),))
-    rw = fxopt.Rewriter(gm.clone(), "fold-batch-norm", only={"batch_norm_1"})
-    FoldBatchNorm().run(rw)
-    left = [node.name for node in rw.gm.graph.nodes if node.target is torch.ops.aten.batch_norm.default]
-    assert left == ["batch_norm"]
-
-
 def test_names_of_the_layer_are_kept() -> None:
     model = nn.Sequential(nn.Conv2d(4, 6, 3), used(nn.BatchNorm2d(6))).eval()
     result = check_pass(FoldBatchNorm(), model, images(4, 6, 6))
