@@ -6,6 +6,7 @@
     before:  y = mean(x, [2, 3])                      after:  y = flatten(adaptive_avg_pool2d(x, [1, 1]), 1)
     before:  y = mean(x, [2, 3], keepdim=True)        after:  y = adaptive_avg_pool2d(x, [1, 1])
     before:  y = mean(mean(x, [3]), [2])              after:  as for [2, 3]
+    before:  y = relu(max_pool2d(conv2d(x, ...), 2))  after:  y = max_pool2d(relu(conv2d(x, ...)), 2)
 
 The same functions of real numbers, rounded in another order.
 """
@@ -19,6 +20,8 @@ import torch
 
 from fxopt.args import arg, shape, tensor_arg
 from fxopt.contracts import Contract
+from fxopt.layer_operators import CONVOLUTIONS
+from fxopt.limits import LIMITS, limits_of
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.placement import is_float, move_source
 from fxopt.passes.quantize.target import ORT_CPU
@@ -32,6 +35,7 @@ _GATES: dict[Any, tuple[Any, str]] = {
     aten.silu.default: (aten.sigmoid.default, "silu(x) = x sigmoid(x)"),
     aten.hardswish.default: (aten.hardsigmoid.default, "hardswish(x) = x hardsigmoid(x)"),
 }
+_LARGEST = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)
 
@@ -57,6 +61,25 @@ class LowerForIntegers(Pass):
                 rw.replace_call(node, aten.mul.Tensor, (x, factor), why=why)
         for node in rw.calls(*_SPLITS):
             _split_as_slices(rw, node)
+        for node in rw.calls(*LIMITS):
+            _limit_before_pools(rw, node)
+
+
+def _limit_before_pools(rw: Rewriter, node: torch.fx.Node) -> None:
+    """Cut the result of a convolution off before its largest values are taken, where a kernel does both in one."""
+    x = node.args[0]
+    pools: list[torch.fx.Node] = []
+    while isinstance(x, torch.fx.Node) and x.target in _LARGEST and len(x.users) == 1:
+        pools.append(x)
+        x = tensor_arg(x, "self")
+    if not pools or not isinstance(x, torch.fx.Node) or x.target not in CONVOLUTIONS or len(x.users) > 1:
+        return
+    if limits_of(node) is None:
+        return
+    why = "the largest of what is cut off is the largest, cut off"
+    limited = rw.insert_call(node.target, (x, *node.args[1:]), node.kwargs, before=pools[-1], why=why)
+    rw.replace_argument(pools[-1], x, limited, why=why)
+    rw.replace_value(node, pools[0], why=why)
 
 
 def _mean_as_pool(rw: Rewriter, node: torch.fx.Node) -> None:
