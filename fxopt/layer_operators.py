@@ -1,4 +1,4 @@
-"""ATen's operators of layers that add up products, as lists that passes and the export share."""
+"""ATen's operators of layers, as lists that passes and the export share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from fxopt.recurrent import RECURRENT_OPERATORS
 
-__all__ = ["CELLS", "CONVOLUTIONS", "RECURRENT", "TRANSPOSED_CONVOLUTIONS"]
+__all__ = ["CELLS", "CONVOLUTIONS", "MAX_POOLS", "RECURRENT", "TRANSPOSED_CONVOLUTIONS"]
 
 aten = torch.ops.aten
 
@@ -20,6 +20,9 @@ TRANSPOSED_CONVOLUTIONS = (
     aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
 )  # fmt: skip
 """Convolutions whose weight has its input channels along axis 0, and the output channels of a group along axis 1."""
+
+MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
+"""Pools that yield the largest value of each window, and nothing else."""
 
 RECURRENT = tuple(RECURRENT_OPERATORS.values())
 """LSTM, GRU and RNN on padded sequences."""

@@ -26,7 +26,7 @@ import torch
 
 from fxopt.args import arg
 from fxopt.contracts import Contract
-from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from fxopt.layer_operators import CONVOLUTIONS, MAX_POOLS, TRANSPOSED_CONVOLUTIONS
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.pass_base import Pass
 from fxopt.passes.cleanup.batch_norm_algebra import fold_before, fold_into_norm, scale_and_shift
@@ -46,11 +46,11 @@ __all__ = ["FoldBatchNorm"]
 
 aten = torch.ops.aten
 _NORM = aten.batch_norm.default
-_LARGEST = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 _MEANS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
 _MEANS_OF_ALL = frozenset(
     {aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default}
 )
+_POOLS = frozenset(MAX_POOLS) | _MEANS | _MEANS_OF_ALL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _layer_before(norm: torch.fx.Node) -> tuple[torch.fx.Node, tuple[torch.fx.No
     """Return what stands before a batch norm, and the pools between both, the first one first."""
     pools: list[torch.fx.Node] = []
     layer = arg(norm, "input")
-    while layer.target in _LARGEST | _MEANS | _MEANS_OF_ALL:
+    while layer.target in _POOLS:
         pools.insert(0, layer)
         layer = arg(layer, "self")
     return layer, tuple(pools)
@@ -142,7 +142,7 @@ def _pool_refusal(rw: Rewriter, pools: Sequence[torch.fx.Node], norm: torch.fx.N
         return None
     scale, shift = _affine(rw, norm)
     for pool in pools:
-        if pool.target in _LARGEST and bool((scale < 0).any()):
+        if pool.target in MAX_POOLS and bool((scale < 0).any()):
             return f"{pool.name} takes the largest values, and {int((scale < 0).sum())} scales are negative"
         if pool.target in _MEANS and bool(shift.any()) and not _is_mean(pool):
             return f"{pool.name} counts zeros of its padding, or divides by another number"

@@ -20,7 +20,7 @@ import torch
 
 from fxopt.args import arg, shape, tensor_arg
 from fxopt.contracts import Contract
-from fxopt.layer_operators import CONVOLUTIONS
+from fxopt.layer_operators import CONVOLUTIONS, MAX_POOLS
 from fxopt.limits import LIMITS, limits_of
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.placement import is_float, move_source
@@ -35,7 +35,6 @@ _GATES: dict[Any, tuple[Any, str]] = {
     aten.silu.default: (aten.sigmoid.default, "silu(x) = x sigmoid(x)"),
     aten.hardswish.default: (aten.hardsigmoid.default, "hardswish(x) = x hardsigmoid(x)"),
 }
-_LARGEST = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 _PRODUCTS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default, aten.bmm.default)
 
@@ -69,7 +68,7 @@ def _limit_before_pools(rw: Rewriter, node: torch.fx.Node) -> None:
     """Cut the result of a convolution off before its largest values are taken, where a kernel does both in one."""
     x = node.args[0]
     pools: list[torch.fx.Node] = []
-    while isinstance(x, torch.fx.Node) and x.target in _LARGEST and len(x.users) == 1:
+    while isinstance(x, torch.fx.Node) and x.target in MAX_POOLS and len(x.users) == 1:
         pools.append(x)
         x = tensor_arg(x, "self")
     if not pools or not isinstance(x, torch.fx.Node) or x.target not in CONVOLUTIONS or len(x.users) > 1:
