@@ -61,9 +61,10 @@ def write_bundle(
     draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=_parent(target)))
     try:
         file = to_onnx(gm, draft / MODEL, **{**options, "validate": True})
-        notes = ValidationReport("")
-        found = [_proving(gm, case, notes) for case in cases(gm, inputs, True, notes) if case.outputs is not None]
-        rows, arrays = _vectors(gm, [case for case in found if case is not None], contract_of(gm))
+        notes, contract = ValidationReport(""), contract_of(gm)
+        run = (case for case in cases(gm, inputs, True, notes) if case.outputs is not None)
+        found = [proving for case in run if (proving := _proving(gm, case, contract, notes)) is not None]
+        rows, arrays = _vectors(gm, found, contract)
         np.savez(draft / VECTORS, allow_pickle=False, **arrays)
         manifest = {
             "format": FORMAT,
@@ -71,7 +72,7 @@ def write_bundle(
             "inputs": [_declared(value) for value in file.model.graph.inputs],
             "outputs": [_declared(value) for value in file.model.graph.outputs],
             "opset": file.opset,
-            "contract": str(contract_of(gm)),
+            "contract": str(contract),
             "passes": [] if gm.report is None else [step.name for step in gm.report.steps if step.changes],
             "versions": versions(),
             "vectors": rows,
@@ -119,9 +120,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _proving(gm: CapturedModule, case: Case, notes: ValidationReport) -> Case | None:
+def _proving(gm: CapturedModule, case: Case, contract: Contract, notes: ValidationReport) -> Case | None:
     """Return a case whose outputs are the same wherever they are computed, as far as rounding goes."""
-    if contract_of(gm).kind != "ROUNDING" or not drowns(gm, case):
+    if contract.kind != "ROUNDING" or not drowns(gm, case):
         return case
     return nearer_case(gm, case, notes)
 

@@ -151,10 +151,8 @@ def _pool_refusal(rw: Rewriter, pools: Sequence[torch.fx.Node], norm: torch.fx.N
 
 def _is_mean(pool: torch.fx.Node) -> bool:
     """Return whether an average pool averages nothing but values of its input."""
-    padding = arg(pool, "padding")
-    padded = any(padding) if isinstance(padding, list | tuple) else bool(padding)
     divisor = None if pool.target is aten.avg_pool1d.default else arg(pool, "divisor_override")
-    return divisor is None and not (padded and arg(pool, "count_include_pad"))
+    return divisor is None and not (_pads(pool) and arg(pool, "count_include_pad"))
 
 
 def _refuses_before(rw: Rewriter, norm: torch.fx.Node, layer: torch.fx.Node) -> str | None:
@@ -184,6 +182,7 @@ def _wrong_axis(rw: Rewriter, layer: torch.fx.Node, where: str) -> str | None:
 
 
 def _pads(layer: torch.fx.Node) -> bool:
+    """Return whether a convolution or pool adds anything around its input."""
     padding = arg(layer, "padding")
     if isinstance(padding, str):
         return padding != "valid" and any(size != 1 for size in arg(layer, "weight").meta["val"].shape[2:])
