@@ -29,7 +29,7 @@ from fxopt.export.dtypes import (
 )
 from fxopt.export.sizes import Size, SizeEmitter
 
-__all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "rank", "tensor_of"]
+__all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "is_symbolic", "rank", "tensor_of"]
 
 Value = ir.Value
 Number: TypeAlias = bool | int | float | sympy.Basic
@@ -212,11 +212,7 @@ class Emitter:
 
     def number(self, number: Number, dtype: torch.dtype) -> Value:
         """Return a number, plain or symbolic, as a value without axes of type ``dtype``."""
-        if (
-            isinstance(number, sympy.Basic)
-            and not number.is_number
-            and not isinstance(number, sympy.logic.boolalg.BooleanAtom)
-        ):
+        if is_symbolic(number):
             return self.cast(self.sizes.scalar(number), dtype)
         if isinstance(number, sympy.Basic):
             number = bool(number) if isinstance(number, sympy.logic.boolalg.BooleanAtom) else _plain(number)
@@ -354,6 +350,15 @@ class Emitter:
             seen.add(id(value))
             separate.append(value)
         return separate
+
+
+def is_symbolic(number: Number) -> bool:
+    """Return whether a number depends on dynamic sizes, which attributes of ONNX cannot hold."""
+    return (
+        isinstance(number, sympy.Basic)
+        and not number.is_number
+        and not isinstance(number, sympy.logic.boolalg.BooleanAtom)
+    )
 
 
 def dims(value: Value) -> tuple[Size, ...]:

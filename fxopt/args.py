@@ -20,6 +20,7 @@ __all__ = [
     "dtype",
     "location_in",
     "module_path",
+    "plain_number",
     "put_arg",
     "shape",
     "shape_text",
@@ -94,6 +95,11 @@ def tensor_arg(node: torch.fx.Node, name: str) -> torch.fx.Node:
     if not isinstance(found, torch.fx.Node):
         raise TypeError(f"argument {name!r} of {node.name} is {found!r}, not the value of a node")
     return found
+
+
+def plain_number(held: Any) -> float | None:
+    """Return a number that an argument holds; None where it holds a size of the graph, or anything else, instead."""
+    return float(held) if isinstance(held, int | float) and not isinstance(held, bool) else None
 
 
 def spread(numbers: int | Sequence[int], count: int) -> list[int]:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank, tensor_of
+from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, is_symbolic, rank, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.elementwise import out_dtype
 from fxopt.export.translations.quantized import is_quantized, saturated_sum
@@ -85,7 +85,9 @@ def relu6(emit: Emitter, x: Value) -> Value:
 
 
 @translates(aten.leaky_relu.default)
-def leaky_relu(emit: Emitter, x: Value, slope: float) -> Value:
+def leaky_relu(emit: Emitter, x: Value, slope: Number) -> Value:
+    if is_symbolic(slope):
+        return emit("Where", emit("Greater", x, 0.0), x, emit("Mul", x, slope))
     return emit("LeakyRelu", x, alpha=float(slope))
 
 
@@ -105,8 +107,8 @@ def prelu(emit: Emitter, x: Value, weight: Value) -> Value:
 
 
 @translates(aten.elu.default)
-def elu(emit: Emitter, x: Value, alpha: float, scale: float, input_scale: float) -> Value:
-    if input_scale != 1:
+def elu(emit: Emitter, x: Value, alpha: Number, scale: Number, input_scale: Number) -> Value:
+    if input_scale != 1 or is_symbolic(alpha):
         negative = emit("Mul", emit("Sub", emit("Exp", emit("Mul", x, input_scale)), 1.0), alpha * scale)
         positive = x if scale == 1 else emit("Mul", x, scale)
         return emit("Where", emit("Greater", x, 0.0), positive, negative)
@@ -120,16 +122,19 @@ def selu(emit: Emitter, x: Value) -> Value:
 
 
 @translates(aten.celu.default)
-def celu(emit: Emitter, x: Value, alpha: float) -> Value:
+def celu(emit: Emitter, x: Value, alpha: Number) -> Value:
+    if is_symbolic(alpha):
+        negative = emit("Mul", emit("Sub", emit("Exp", emit("Div", x, alpha)), 1.0), alpha)
+        return emit("Where", emit("Greater", x, 0.0), x, negative)
     return emit("Celu", x, alpha=float(alpha))
 
 
 @translates(aten.softplus.default)
-def softplus(emit: Emitter, x: Value, beta: float, threshold: float) -> Value:
+def softplus(emit: Emitter, x: Value, beta: Number, threshold: Number) -> Value:
     scaled = x if beta == 1 else emit("Mul", x, beta)
     smooth = emit("Softplus", scaled)
     smooth = smooth if beta == 1 else emit("Div", smooth, beta)
-    if threshold >= 20:  # from there on both sides agree to the last bit of float32
+    if not is_symbolic(threshold) and threshold >= 20:  # from there on both sides agree to the last bit of float32
         return smooth
     return emit("Where", emit("Greater", scaled, threshold), x, smooth)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, rank
+from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, is_symbolic, rank
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.translations.elementwise import out_dtype
 from fxopt.export.translations.integer_product import integer_product
@@ -48,7 +48,7 @@ def matmul(emit: Emitter, x: Value, y: Value) -> Value:
 @translates(aten.addmm.default)
 def addmm(emit: Emitter, bias: Value, x: Value, y: Value, beta: Number, alpha: Number) -> Value:
     """One Gemm, which takes ``y`` untransposed where it is the transposition of something."""
-    if not dtype_of(x).is_floating_point:
+    if not dtype_of(x).is_floating_point or is_symbolic(alpha) or is_symbolic(beta):
         return _plus(emit, bias, emit("MatMul", x, y), beta, alpha)
     factors: dict[str, Any] = {
         "alpha": None if alpha == 1 else float(alpha),

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from fxopt.args import arg, shape
+from fxopt.args import arg, plain_number, shape
 from fxopt.contracts import Contract
 from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.pass_base import Pass
@@ -133,7 +133,9 @@ def _fold(rw: Rewriter, site: _Site, sites: Collection[torch.fx.Node]) -> str | 
         scale = 1 / numbers
     elif node.target is not aten.mul.Tensor:
         one = torch.ones_like(numbers)
-        alpha = float(arg(node, "alpha"))
+        alpha = plain_number(arg(node, "alpha"))
+        if alpha is None:
+            return f"its factor alpha is {arg(node, 'alpha').name}, a size"
         sign = alpha if node.target is aten.add.Tensor else -alpha
         first = arg(node, "self") is site.value and node.target is not aten.rsub.Scalar
         scale, shift = (one, sign * numbers) if first else (sign * one, numbers)

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxopt.args import arg
+from fxopt.args import arg, plain_number
 from fxopt.attributes import get_path, owner_of
 from fxopt.contracts import Contract
 from fxopt.graph_module import graph_modules
@@ -124,13 +124,14 @@ def _ends(node: torch.fx.Node) -> tuple[float, float] | None:
 def _is_softplus(node: Any, x: torch.fx.Node) -> bool:
     if not isinstance(node, torch.fx.Node) or node.target is not aten.softplus.default:
         return False
-    return arg(node, "self") is x and arg(node, "beta") == 1 and arg(node, "threshold") >= 20
+    threshold = plain_number(arg(node, "threshold"))
+    return arg(node, "self") is x and arg(node, "beta") == 1 and threshold is not None and threshold >= 20
 
 
 def _number(held: Any) -> float | None:
     """Return a number, or the one that a constant without axes holds."""
-    if isinstance(held, int | float) and not isinstance(held, bool):
-        return float(held)
+    if (number := plain_number(held)) is not None:
+        return number
     if isinstance(held, torch.fx.Node) and held.op == "get_attr":
         tensor = get_path(owner_of(held), str(held.target))
         is_constant = isinstance(tensor, torch.Tensor) and tensor.ndim == 0 and not tensor.requires_grad
@@ -143,7 +144,8 @@ def _term(node: torch.fx.Node) -> tuple[torch.fx.Node, float, float] | None:
     if node.target is aten.neg.default:
         return arg(node, "self"), -1.0, 0.0
     if node.target is aten.rsub.Scalar:
-        return arg(node, "self"), -float(arg(node, "alpha")), float(arg(node, "other"))
+        alpha, number = plain_number(arg(node, "alpha")), plain_number(arg(node, "other"))
+        return None if alpha is None or number is None else (arg(node, "self"), -alpha, number)
     if node.target not in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
         return None
     left, right = arg(node, "self"), arg(node, "other")
@@ -157,7 +159,9 @@ def _term(node: torch.fx.Node) -> tuple[torch.fx.Node, float, float] | None:
         return inner, number, 0.0
     if node.target is aten.div.Tensor:
         return (inner, 1 / number, 0.0) if first is None and number else None
-    alpha = float(arg(node, "alpha"))
+    alpha = plain_number(arg(node, "alpha"))
+    if alpha is None:
+        return None
     sign = alpha if node.target is aten.add.Tensor else -alpha
     return (inner, 1.0, sign * number) if first is None else (inner, sign, number)
 
@@ -214,7 +218,8 @@ def _polynomial(node: Any, x: torch.fx.Node) -> list[float] | None:
     if node.target is aten.mul.Tensor:
         found = _product(left, right)
         return found if len(found) <= _DEGREE + 1 else None
-    return _sum(left, [float(arg(node, "alpha")) * one for one in right])
+    alpha = plain_number(arg(node, "alpha"))
+    return None if alpha is None else _sum(left, [alpha * one for one in right])
 
 
 def _product(left: Sequence[float], right: Sequence[float]) -> list[float]:

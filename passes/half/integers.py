@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from fxopt.args import plain_number
 from fxopt.attributes import get_path, owner_of
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.passes.half.operators import base_name, is_move
@@ -185,9 +186,10 @@ class Rules:
 
     def add(self) -> Whole | None:
         known = self._known()
-        step = abs(float(self.node.kwargs.get("alpha", 1)))  # type: ignore[arg-type]  # a number
-        if known is None or step != round(step):
+        alpha = plain_number(self.node.kwargs.get("alpha", 1))
+        if known is None or alpha is None or alpha != round(alpha):
             return None
+        step = abs(alpha)
         return Whole(known[0].bound + step * known[1].bound, any(part.counts for part in known))
 
     def mul(self) -> Whole | None:

@@ -271,7 +271,10 @@ class _Recorder(EagerInterpreter):
         return value
 
     def _leaf(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self.recording.with_noise or not is_float(tensor) or tensor.requires_grad:
+        if not self.recording.with_noise or not is_float(tensor):
+            return tensor
+        has_no_derivative = type(tensor.grad_fn).__name__ == "NotImplemented"  # as floor_divide, which is a step
+        if tensor.requires_grad and not has_no_derivative:
             return tensor
         return tensor.detach().requires_grad_()
 

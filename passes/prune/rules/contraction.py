@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch._ops import OpOverload
 
-from fxopt.args import arg, shape, tensor_arg
+from fxopt.args import arg, plain_number, shape, tensor_arg
 from fxopt.layer_operators import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from fxopt.passes.prune.constants import Constants
 from fxopt.passes.prune.cut import Cut
@@ -193,7 +193,8 @@ class _Matmul(Rule):
             zero = np.logical_or.reduce([constants.along(source, at, len(axis)) == 0 for source, at in sources])
             beside = np.zeros(len(axis))
             if added is not None:
-                beside = constants.along(added, dim - rank, len(axis)) * float(arg(node, "beta"))
+                held, beta = constants.along(added, dim - rank, len(axis)), plain_number(arg(node, "beta"))
+                beside = np.where(held == 0, 0.0, np.nan) if beta is None else held * beta
             constants.values[axis[zero]] = beside[zero]
 
 
