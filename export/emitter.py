@@ -27,6 +27,7 @@ from fxopt.export.dtypes import (
     onnx_dtype,
     torch_dtype,
 )
+from fxopt.export.origins import WRITTEN_FOR
 from fxopt.export.sizes import Size, SizeEmitter
 
 __all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "is_symbolic", "rank", "tensor_of"]
@@ -86,6 +87,11 @@ class Emitter:
         self._metadata: dict[str, str] = {}
 
     # -- where nodes come from -----------------------------------------------------------------------------------
+
+    @property
+    def written_for(self) -> str | None:
+        """What the nodes emitted now make up to a user, where their operators do not say it."""
+        return self._metadata.get(WRITTEN_FOR)
 
     def begin(self, node: torch.fx.Node, metadata: Mapping[str, str] | None = None) -> None:
         """Start to translate ``node``: what is emitted from now on is named after it and carries ``metadata``."""

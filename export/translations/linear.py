@@ -11,6 +11,7 @@ from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, is_symb
 from fxopt.export.registry import NotTranslated, translates
 from fxopt.export.translations.elementwise import out_dtype
 from fxopt.export.translations.integer_product import integer_product
+from fxopt.export.translations.integer_rows import product_with_rows
 from fxopt.export.translations.quantized import is_quantized
 from fxopt.export.translations.reduce import norm_value
 from fxopt.export.translations.shape import out_dims
@@ -42,7 +43,7 @@ def matmul(emit: Emitter, x: Value, y: Value) -> Value:
         y = emit.transpose(y, [*range(rank(y) - 2), rank(y) - 1, rank(y) - 2])
         if rank(y) > 2:
             raise NotTranslated("inner product of tensors with more than two axes")
-    return emit("MatMul", x, y)
+    return product_with_rows(emit, x, y, None) or emit("MatMul", x, y)
 
 
 @translates(aten.addmm.default)
@@ -50,6 +51,8 @@ def addmm(emit: Emitter, bias: Value, x: Value, y: Value, beta: Number, alpha: N
     """One Gemm, which takes ``y`` untransposed where it is the transposition of something."""
     if not dtype_of(x).is_floating_point or is_symbolic(alpha) or is_symbolic(beta):
         return _plus(emit, bias, emit("MatMul", x, y), beta, alpha)
+    if alpha == beta == 1 and (found := product_with_rows(emit, x, y, bias)) is not None:
+        return found
     factors: dict[str, Any] = {
         "alpha": None if alpha == 1 else float(alpha),
         "beta": None if beta == 1 else float(beta),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from fxopt.attributes import get_path, owner_of
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, rank, tensor_of
 from fxopt.export.registry import translates
+from fxopt.layer_operators import RECURRENT
 from fxopt.limits import limits_of
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE, QUANTIZE
 
@@ -95,7 +97,27 @@ def quantize(emit: Emitter, x: Value, scale: Value, zero_point: Value, axis: int
 
 @translates(DEQUANTIZE)
 def dequantize(emit: Emitter, q: Value, scale: Value, zero_point: Value, axis: int) -> Value:
+    if tensor_of(q) is not None and _is_read_as_floats(emit):
+        return _floats(emit, q, scale, zero_point, axis)
     return emit("DequantizeLinear", q, scale, zero_point, **_options(emit, q, scale, zero_point, axis))
+
+
+def _is_read_as_floats(emit: Emitter) -> bool:
+    """Return whether no integer kernel of ORT takes the result of the current node in."""
+    readers = [] if emit.node is None or emit.runtime != "ort-cpu" else list(emit.node.users)
+    return bool(readers) and all(reader.target in RECURRENT for reader in readers)
+
+
+def _floats(emit: Emitter, q: Value, scale: Value, zero_point: Value, axis: int) -> Value:
+    """Return what integers stand for as operators that ORT computes once, when it loads the file; that one it does not.
+
+    It leaves DequantizeLinear to the kernels that take it in, and computes what is left of it on each run.
+    """
+    offset, known = tensor_of(zero_point), q.meta.get("dims")
+    floats = emit("Cast", q, to=ir.DataType.FLOAT, dims=known)
+    if offset is None or bool(offset.any()):
+        floats = emit("Sub", floats, _along(emit, emit.cast(zero_point, torch.float32), q, axis), dims=known)
+    return emit("Mul", floats, _along(emit, scale, q, axis), dims=known)
 
 
 @translates(FAKE_QUANTIZE)

@@ -298,9 +298,41 @@ def test_weights_of_other_recurrent_layers_are_bytes(
     assert len(matrices) == 2 * layers * (1 + bidirectional)
     assert {held for held, _ in matrices.values()} == {"INT8"}
     assert op_types(file).count(kind.__name__) == layers
+    assert "DequantizeLinear" not in {node.op_type for node in optimized_model(file.to_bytes()).graph}  # on each run
     to_onnx(captured(net, x), tmp_path / "float.onnx")
     sizes = {name: (tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "float")}
     assert sizes["int8"] < sizes["float"] / 2.5  # the small parts of small nets: nodes, scales, biases
+
+
+class Steps(nn.Module):
+    """A cell that goes over a sequence."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, 1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize(("features", "bias"), [(40, True), (64, True), (64, False)])
+def test_steps_of_a_cell_multiply_the_integers_of_one_weight(
+    kind: type[nn.RNNCellBase], features: int, bias: bool
+) -> None:
+    gm = quantized(Steps(kind(features, 48, bias=bias)), x := torch.randn(3, 4, features))
+    file = to_onnx(gm)
+    assert coverage(file).kernels["recurrent"] == (8, 8)  # of the input and of the state, at each of four steps
+    matrices = [shape for name, (dtype, shape) in stored(file).items() if dtype == "UINT8"]
+    gates = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}[kind]
+    assert sorted(matrices) == [(48 * gates, 2, 32), (48 * gates, 2, 32)]
+    for session in sessions(file):
+        (out,) = session.run([x])
+        assert measure(gm(x), out).sqnr_db > 35  # activations in 8 bits, 32 at a time
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
