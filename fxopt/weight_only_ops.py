@@ -4,6 +4,8 @@
     ``x @ w.T + bias`` with a weight ``w`` f32[out, features_in] stored in blocks of ``block_size`` numbers of a row.
 ``fxopt::gather_nbits(packed, scales, zero_points, index, bits, block_size, features_in)``
     The rows of such a weight at ``index``: an embedding.
+``fxopt::expand_nbits(packed, scales, zero_points, bits, block_size, shape)``
+    A weight of any shape from such blocks, its first axis being the rows: for layers that have no kernel of blocks.
 ``fxopt::lookup_nbits(packed, table, bits, shape)``
     A weight of any shape whose elements are numbers of a table: ``table[code]``, or ``table[group, code]`` where each
     group of output channels has a table of its own. Differentiable in ``table``: the gradient of an entry is the sum
@@ -32,8 +34,8 @@ import torch
 import torch.nn.functional as F
 
 __all__ = [
-    "BINARIZE_STE", "GATHER_NBITS", "LOOKUP_NBITS", "MATMUL_NBITS", "TERNARIZE_STE", "TERNARY_THRESHOLD",
-    "dequantize_blocks", "pack_bits", "unpack_bits",
+    "BINARIZE_STE", "EXPAND_NBITS", "GATHER_NBITS", "LOOKUP_NBITS", "MATMUL_NBITS", "TERNARIZE_STE",
+    "TERNARY_THRESHOLD", "dequantize_blocks", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 TERNARY_THRESHOLD = 0.7
@@ -47,6 +49,9 @@ _LIBRARY.define(
 _LIBRARY.define(
     "gather_nbits(Tensor packed, Tensor scales, Tensor? zero_points, Tensor index, int bits, int block_size, "
     "int features_in) -> Tensor"
+)
+_LIBRARY.define(
+    "expand_nbits(Tensor packed, Tensor scales, Tensor? zero_points, int bits, int block_size, int[] shape) -> Tensor"
 )
 _LIBRARY.define("lookup_nbits(Tensor packed, Tensor table, int bits, int[] shape) -> Tensor")
 _LIBRARY.define("binarize_ste(Tensor weight) -> Tensor")
@@ -142,6 +147,17 @@ def _gather_nbits(
     return rows.reshape(*index.shape, features_in)
 
 
+def _expand_nbits(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    block_size: int,
+    shape: Sequence[int],
+) -> torch.Tensor:
+    return dequantize_blocks(packed, scales, zero_points, bits, block_size, math.prod(shape[1:])).reshape(list(shape))
+
+
 def _lookup_nbits(packed: torch.Tensor, table: torch.Tensor, bits: int, shape: Sequence[int]) -> torch.Tensor:
     codes = unpack_bits(packed, bits, math.prod(shape[1:])).long()
     if table.ndim == 2:
@@ -184,12 +200,14 @@ def _ternarize_ste(weight: torch.Tensor) -> torch.Tensor:
 # Composite over differentiable ops: autograd derives the gradients, and fake tensors run them as they are.
 _LIBRARY.impl("matmul_nbits", _matmul_nbits, "CompositeImplicitAutograd")
 _LIBRARY.impl("gather_nbits", _gather_nbits, "CompositeImplicitAutograd")
+_LIBRARY.impl("expand_nbits", _expand_nbits, "CompositeImplicitAutograd")
 _LIBRARY.impl("lookup_nbits", _lookup_nbits, "CompositeImplicitAutograd")
 _LIBRARY.impl("binarize_ste", _binarize_ste, "CompositeImplicitAutograd")
 _LIBRARY.impl("ternarize_ste", _ternarize_ste, "CompositeImplicitAutograd")
 
 MATMUL_NBITS = torch.ops.fxopt.matmul_nbits.default
 GATHER_NBITS = torch.ops.fxopt.gather_nbits.default
+EXPAND_NBITS = torch.ops.fxopt.expand_nbits.default
 LOOKUP_NBITS = torch.ops.fxopt.lookup_nbits.default
 BINARIZE_STE = torch.ops.fxopt.binarize_ste.default
 TERNARIZE_STE = torch.ops.fxopt.ternarize_ste.default

@@ -1,8 +1,8 @@
 """Weights of few bits: com.microsoft's block kernels, and tables that ORT looks weights up in when it loads a file.
 
-MatMulNBits and GatherBlockQuantized expand their blocks while they run. A table has no such kernel: the file holds the
-packed codes and the table, and ORT with its optimizer on computes the float weight once, when it loads the file; with
-its optimizer off, on each run.
+MatMulNBits and GatherBlockQuantized expand their blocks while they run. Tables and blocks of other layers have no such
+kernel: the file holds the packed codes with the table or the scales, and ORT with its optimizer on computes the float
+weight once, when it loads the file; with its optimizer off, on each run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.index import as_index
-from fxopt.weight_only_ops import GATHER_NBITS, LOOKUP_NBITS, MATMUL_NBITS
+from fxopt.weight_only_ops import EXPAND_NBITS, GATHER_NBITS, LOOKUP_NBITS, MATMUL_NBITS
 
 _MICROSOFT = "com.microsoft"
 
@@ -68,6 +68,33 @@ def gather_nbits(
     if padded == features_in:
         return found
     return emit("Slice", found, [0], [features_in], [-1], dims=(*dims(index), features_in))
+
+
+@translates(EXPAND_NBITS)
+def expand_nbits(
+    emit: Emitter,
+    packed: Value,
+    scales: Value,
+    zero_points: Value | None,
+    bits: int,
+    block_size: int,
+    shape: Sequence[int],
+) -> Value:
+    rows, blocks, width = dims(packed)
+    assert isinstance(blocks, int)
+    assert isinstance(width, int)
+    each = (rows, blocks, block_size)
+    codes = _unpacked(emit, emit.reshape(packed, (rows, blocks * width)), bits, blocks * block_size)
+    offset: Value | float = float(2 ** (bits - 1))
+    if zero_points is not None:
+        offset = emit.reshape(emit.cast(_unpacked(emit, zero_points, bits, blocks), torch.float32), (rows, blocks, 1))
+    centred = emit("Sub", emit.reshape(emit.cast(codes, torch.float32), each), offset, dims=each)
+    floats = emit("Mul", centred, emit.reshape(scales, (rows, blocks, 1)), dims=each)
+    flat = emit.reshape(floats, (rows, blocks * block_size))
+    elements = math.prod(shape[1:])
+    if elements < blocks * block_size:
+        flat = emit("Slice", flat, [0], [elements], [1], dims=(rows, elements))
+    return emit.reshape(flat, tuple(shape))
 
 
 @translates(LOOKUP_NBITS)

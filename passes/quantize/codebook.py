@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from fxopt.contracts import Contract
-from fxopt.layer_operators import CONVOLUTIONS
+from fxopt.layer_operators import CELLS, CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.stored_weights import (
     LayerWeight,
@@ -35,14 +35,16 @@ from fxopt.weight_only_ops import LOOKUP_NBITS, pack_bits
 __all__ = ["CodebookWeights"]
 
 aten = torch.ops.aten
-_LAYERS = (*CONVOLUTIONS, aten.linear.default, aten.embedding.default)
+_LAYERS = (
+    *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, aten.linear.default, aten.embedding.default, *RECURRENT, *CELLS,
+)  # fmt: skip
 _BITS = (1, 2, 4, 8)
 _FLOORS = {1: -10.0, 2: -3.0, 4: 5.0, 8: 20.0}  # dB
 
 
 @dataclasses.dataclass(frozen=True)
 class CodebookWeights(Pass):
-    """Replace weights of convolutions, linear layers and embeddings by places in tables.
+    """Replace weights of convolutions, linear and recurrent layers and embeddings by places in tables.
 
     Attributes:
         bits: Width of a place: 1, 2, 4 or 8; a table has ``2**bits`` entries.

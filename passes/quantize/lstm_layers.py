@@ -28,12 +28,10 @@ from fxopt.dynamic_ops import DYNAMIC_LSTM
 from fxopt.passes.quantize.recurrent_weights import (
     Int8Rows,
     is_written,
-    matrices_of,
     matrices_refusal,
-    parameters_of_layer,
     store,
 )
-from fxopt.passes.quantize.stored_weights import named_by
+from fxopt.passes.quantize.stored_weights import matrices_of, named_by, parameters_of_layer
 from fxopt.rewriter import Rewriter
 
 __all__ = ["quantize_lstm"]

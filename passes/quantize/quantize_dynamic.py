@@ -39,12 +39,11 @@ from fxopt.passes.quantize.recurrent_weights import (
     RECURRENT,
     Int8Rows,
     is_written,
-    matrices_of,
     matrices_refusal,
     store,
     why_no_constant,
 )
-from fxopt.passes.quantize.stored_weights import check_kinds, check_names, named_by
+from fxopt.passes.quantize.stored_weights import check_kinds, check_names, matrices_of, named_by
 from fxopt.passes.quantize.weight_only import TABLES
 from fxopt.rewriter import Rewriter
 

@@ -15,21 +15,19 @@ from typing import Any
 
 import torch
 
-from fxopt.args import arg, shape
+from fxopt.args import shape
 from fxopt.effects import is_in_place
-from fxopt.layer_operators import CELLS
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.passes.quantize.saturation import avoid_saturation
 from fxopt.passes.quantize.spec import QuantSpec
-from fxopt.passes.quantize.stored_weights import StoredWeights, named_by, refusal, tensor_bytes
+from fxopt.passes.quantize.stored_weights import StoredWeights, matrices_of, named_by, refusal, tensor_bytes
 from fxopt.passes.quantize.weights import channel_scales, parameters_of, weight_integers
 from fxopt.quantized_ops import DEQUANTIZE, FAKE_QUANTIZE
 from fxopt.rewriter import Rewriter
-from fxopt.weight_only_ops import LOOKUP_NBITS
+from fxopt.weight_only_ops import EXPAND_NBITS, LOOKUP_NBITS
 
 __all__ = [
-    "RECURRENT", "Int8Rows", "is_written", "matrices_of", "matrices_refusal", "parameters_of_layer",
-    "row_integers", "store", "why_no_constant",
+    "RECURRENT", "Int8Rows", "is_written", "matrices_refusal", "row_integers", "store", "why_no_constant",
 ]  # fmt: skip
 
 Node = torch.fx.Node
@@ -42,7 +40,7 @@ RECURRENT: dict[str, tuple[Any, ...]] = {
 """The operators of each kind of recurrent layer, and of its cell."""
 
 _SPEC = QuantSpec("weight", 8, signed=True, symmetric=True, axis=0)
-_QUANTIZED = (DEQUANTIZE, FAKE_QUANTIZE, LOOKUP_NBITS)
+_QUANTIZED = (DEQUANTIZE, FAKE_QUANTIZE, EXPAND_NBITS, LOOKUP_NBITS)
 
 
 def row_integers(weight: torch.Tensor, *, no_saturation: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,22 +123,6 @@ def why_no_constant(weight: Node) -> str | None:
     if weight.target in _QUANTIZED:
         return "its weight is quantized already"
     return "its weight is computed when the graph runs"
-
-
-def parameters_of_layer(call: Node, layer: int) -> list[Node]:
-    """Return the weights and biases of one layer of a stack: its first direction, then its second one."""
-    found = list(arg(call, "params"))
-    size = len(found) // int(arg(call, "num_layers"))
-    return found[layer * size : (layer + 1) * size]
-
-
-def matrices_of(call: Node, layer: int | None = None) -> list[Node]:
-    """Return the nodes of the weights of a layer, or of all, each once, biases left out; a cell has one layer."""
-    if call.target in CELLS:
-        return list(dict.fromkeys([arg(call, "w_ih"), arg(call, "w_hh")]))
-    each = 4 if arg(call, "has_biases") else 2
-    parameters = arg(call, "params") if layer is None else parameters_of_layer(call, layer)
-    return list(dict.fromkeys(node for place, node in enumerate(parameters) if place % each < 2))
 
 
 def matrices_refusal(

@@ -8,16 +8,17 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
-from fxopt.args import module_path, tensor_arg
+from fxopt.args import arg, module_path, tensor_arg
 from fxopt.attributes import get_path, owner_of
 from fxopt.effects import is_in_place
 from fxopt.graph_module import graph_modules
+from fxopt.layer_operators import CELLS, RECURRENT
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.rewriter import Rewriter
 
 __all__ = [
-    "LayerWeight", "StoredWeights", "check_kinds", "check_names", "named_by", "refusal", "replace_weight",
-    "tensor_bytes",
+    "LayerWeight", "StoredWeights", "check_kinds", "check_names", "matrices_of", "named_by", "parameters_of_layer",
+    "refusal", "replace_weight", "tensor_bytes", "weights_of",
 ]  # fmt: skip
 
 Node = torch.fx.Node
@@ -72,24 +73,21 @@ class StoredWeights:
 
         Args:
             rw: Of the pass. The yield is at the site of the layer.
-            layers: Operators with an argument ``weight``.
+            layers: Operators with an argument ``weight``, recurrent layers and cells.
             skip: Patterns of names of weights and layers that stay as they are.
             min_elements: Smaller weights stay as they are.
         """
         seen: set[int] = set()
         for layer in rw.calls(*layers):
-            weight = tensor_arg(layer, "weight")
-            if weight.op != "get_attr":
-                continue
-            tensor = rw.tensor(weight)
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            reads = self.reads(tensor)
-            if (reason := self._refusal(layer, reads, tensor, skip, min_elements)) is not None:
-                rw.skip(layer, reason)
-            else:
-                yield LayerWeight(layer, tuple(reads), tensor)
+            for tensor in [rw.tensor(weight) for weight in weights_of(layer) if weight.op == "get_attr"]:
+                if id(tensor) in seen:
+                    continue
+                seen.add(id(tensor))
+                reads = self.reads(tensor)
+                if (reason := self._refusal(layer, reads, tensor, skip, min_elements)) is not None:
+                    rw.skip(layer, reason)
+                else:
+                    yield LayerWeight(layer, tuple(reads), tensor)
 
     def _refusal(
         self, layer: Node, reads: Sequence[Node], tensor: torch.Tensor, skip: Sequence[str], min_elements: int
@@ -101,6 +99,27 @@ class StoredWeights:
         if any(user.target is UPDATE_BUFFER or is_in_place(user.target) for read in reads for user in read.users):
             return "the graph writes its weight"
         return None
+
+
+def parameters_of_layer(call: Node, layer: int) -> list[Node]:
+    """Return the weights and biases of one layer of a stack: its first direction, then its second one."""
+    found = list(arg(call, "params"))
+    size = len(found) // int(arg(call, "num_layers"))
+    return found[layer * size : (layer + 1) * size]
+
+
+def matrices_of(call: Node, layer: int | None = None) -> list[Node]:
+    """Return the nodes of the weights of a layer, or of all, each once, biases left out; a cell has one layer."""
+    if call.target in CELLS:
+        return list(dict.fromkeys([arg(call, "w_ih"), arg(call, "w_hh")]))
+    each = 4 if arg(call, "has_biases") else 2
+    parameters = arg(call, "params") if layer is None else parameters_of_layer(call, layer)
+    return list(dict.fromkeys(node for place, node in enumerate(parameters) if place % each < 2))
+
+
+def weights_of(layer: Node) -> list[Node]:
+    """Return the nodes of what a layer multiplies by: its ``weight``, or the matrices of a recurrent layer or cell."""
+    return matrices_of(layer) if layer.target in (*RECURRENT, *CELLS) else [tensor_arg(layer, "weight")]
 
 
 def refusal(

@@ -1,14 +1,17 @@
-"""Store the weights of matrix products and embeddings in blocks of few bits; activations stay float.
+"""Store the weights of layers in blocks of few bits; activations stay float.
 
     before:  y = linear(x, w, b);  e = embedding(table, i);  s = embedding_bag(table, i, offsets)
+             z, h, c = lstm(x, (h0, c0), [w, r, b, b'])
     after:   y = matmul_nbits(x, w in blocks, scales, zero points, b);  e = gather_nbits(table in blocks, ..., i)
              s = embedding_bag(gather_nbits(table in blocks, ..., i), arange(len(i)), offsets)
+             z, h, c = lstm(x, (h0, c0), [expand_nbits(w in blocks, ...), expand_nbits(r in blocks, ...), b, b'])
 
 Every ``block_size`` numbers of a row of ``w`` share a scale, and a zero point unless ``symmetric``. A weight that
 several calls read is quantized once, if all of them can read it in blocks. ONNX Runtime 1.32 on a CPU has the kernels
 for 2, 4 and 8 bits (com.microsoft's MatMulNBits and GatherBlockQuantized); they expand blocks while they multiply, so
 that memory and file stay small. A product of floats stays one: ``accuracy_level=4`` lets ORT round the activations to
-8 bits instead, which the graph does not imitate.
+8 bits instead, which the graph does not imitate. Recurrent layers and convolutions have no such kernel: their files are
+as small, and ORT computes their float weights once, when it loads the file.
 
 Which is faster depends on the kernels. One sentence through MiniLM-L6 took 6.7 ms with float weights on two cores of an
 x86-64 server; in f32 7.0 with 4 bits, 29 with 8 and 37 with 2; with ``accuracy_level=4`` 4.4, 5.8 and 5.6.
@@ -17,7 +20,7 @@ x86-64 server; in f32 7.0 with 4 bits, 29 with 8 and 37 with 2; with ``accuracy_
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,6 +28,7 @@ import torch
 from fxopt.args import arg, dtype, shape, tensor_arg
 from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
+from fxopt.layer_operators import CELLS, CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.block_rounding import rounded_by_gptq
 from fxopt.passes.quantize.blocks import (
@@ -36,16 +40,25 @@ from fxopt.passes.quantize.blocks import (
     quantize_blocks,
 )
 from fxopt.passes.quantize.matrix_uses import INPUT, LOOKUPS, WEIGHT, MatrixUse, behind_transpositions
-from fxopt.passes.quantize.stored_weights import StoredWeights, check_kinds, check_names, refusal, tensor_bytes
+from fxopt.passes.quantize.stored_weights import (
+    LayerWeight,
+    StoredWeights,
+    check_kinds,
+    check_names,
+    refusal,
+    replace_weight,
+    tensor_bytes,
+)
 from fxopt.rewriter import Rewriter
-from fxopt.weight_only_ops import GATHER_NBITS, MATMUL_NBITS
+from fxopt.weight_only_ops import EXPAND_NBITS, GATHER_NBITS, MATMUL_NBITS
 
 __all__ = ["TABLES", "QuantizeWeights"]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
 _FLOORS = {2: 0.0, 4: 8.0, 8: 25.0}  # dB; int8 activations alone leave some 30
-_KINDS = ("linear", "embedding")
+_KINDS = ("linear", "embedding", "recurrent")
+_EXPANDED = {"recurrent": (*RECURRENT, *CELLS), "convolution": (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)}
 _ACCURACY_LEVELS = (0, 1, 4)  # what the CPU kernels know: f32 without and with asking for it, and int8
 
 
@@ -60,7 +73,9 @@ class QuantizeWeights(Pass):
         search: How the range of a block is chosen; see :func:`quantize_blocks`.
         rounding: ``"nearest"``, or ``"gptq"``, by which on the calibration inputs the errors of some weights make up
             for those of others; see :mod:`fxopt.passes.quantize.block_rounding`.
-        kinds: What is quantized: "linear" (products with any constant matrix), "embedding" (bags of them, too).
+        kinds: What is quantized: "linear" (products with any constant matrix), "embedding" (bags of them, too),
+            "recurrent" (LSTM, GRU and RNN layers and cells); "convolution" too if it is named, whose weights bear 8
+            bits, and fewer after training only.
         skip: Patterns of names of weights, nodes or modules that stay as they are.
         min_elements: Smaller weights stay as they are.
         accuracy_level: In which type ORT multiplies: 0 leaves it to ORT, which takes f32; 1 f32; 4 int8 activations.
@@ -101,7 +116,7 @@ class QuantizeWeights(Pass):
             raise ValueError(f"damping is {self.damping}; wanted above 0, or the Hessian may have no inverse")
         if self.accuracy_level not in _ACCURACY_LEVELS:
             raise ValueError(f"accuracy_level is {self.accuracy_level}; wanted one of {_ACCURACY_LEVELS}")
-        check_kinds(self.kinds, _KINDS)
+        check_kinds(self.kinds, (*_KINDS, "convolution"))
         check_names(self.skip)
 
     @property
@@ -139,6 +154,8 @@ class QuantizeWeights(Pass):
                 rw.skip(call, reason)
             else:
                 _replace(rw, use, stored.nodes(use), self)
+        for weight in _expanded(rw, self):
+            stored.expand(weight)
         if stored.bytes_before:
             rw.notes.append(f"weights of {stored.bytes_before} bytes take {stored.bytes_after} bytes in blocks")
 
@@ -182,6 +199,20 @@ class _Blocks:
         others = ", the others, embeddings or read by several calls, to nearest" if len(found) < every else ""
         self.rw.notes.append(f"{len(found)} of {every} matrices rounded by GPTQ{others}")
 
+    def expand(self, weight: LayerWeight) -> None:
+        """Let all that read a weight read what its blocks are expanded to."""
+        rows, options = weight.tensor.detach().flatten(1), self.options
+        held = self._in_blocks(rows)
+        small, large = held.nbytes, tensor_bytes(weight.tensor)
+        if small >= large:
+            self.rw.skip(weight.layer, f"its blocks would take {small} bytes instead of {large}")
+            return
+        self.bytes_before, self.bytes_after = self.bytes_before + large, self.bytes_after + small
+        first, why = weight.first_reader, f"{weight.path} in {options.bits} bits, blocks of {held.block_size}"
+        nodes = self._constants(weight.path, held, near=first)
+        arguments = (*nodes, options.bits, held.block_size, list(weight.tensor.shape))
+        replace_weight(self.rw, weight, self.rw.insert_call(EXPAND_NBITS, arguments, before=first, why=why), why=why)
+
     def _weight_refusal(self, use: MatrixUse, tensor: torch.Tensor) -> str | None:
         options, reads = self.options, self._readers.reads(tensor)
         if (reason := refusal(use.call, reads, tensor, options.skip, options.min_elements)) is not None:
@@ -206,15 +237,18 @@ class _Blocks:
 
     def _quantized(self, use: MatrixUse, tensor: torch.Tensor) -> BlockWeight:
         if id(tensor) not in self._weights:
-            options, rows = self.options, tensor.detach() if use.by_rows else tensor.detach().t()
-            self._weights[id(tensor)] = quantize_blocks(
-                rows,
-                bits=options.bits,
-                block_size=_no_larger(options.block_size, rows.shape[1]),
-                symmetric=options.symmetric,
-                search=options.search,
-            )
+            self._weights[id(tensor)] = self._in_blocks(tensor.detach() if use.by_rows else tensor.detach().t())
         return self._weights[id(tensor)]
+
+    def _in_blocks(self, rows: torch.Tensor) -> BlockWeight:
+        options = self.options
+        return quantize_blocks(
+            rows,
+            bits=options.bits,
+            block_size=_no_larger(options.block_size, rows.shape[1]),
+            symmetric=options.symmetric,
+            search=options.search,
+        )
 
     def nodes(self, use: MatrixUse) -> tuple[Node, Node, Node | None]:
         """Return the nodes that read integers, scales and zero points, in the graph of the call."""
@@ -225,14 +259,23 @@ class _Blocks:
             if not any(known == id(tensor) for known, _ in self._nodes):
                 self.bytes_before += tensor_bytes(tensor)
                 self.bytes_after += held.nbytes
-            path = str(use.read.target)
-            packed, scales, *others = (
-                self.rw.constant(f"{path}_{kind}", part, near=use.call)
-                for kind, part in (("blocks", held.packed), ("scales", held.scales), ("zero_points", held.zero_points))
-                if part is not None
-            )
-            self._nodes[key] = (packed, scales, others[0] if others else None)
+            self._nodes[key] = self._constants(str(use.read.target), held, near=use.call)
         return self._nodes[key]
+
+    def _constants(self, path: str, held: BlockWeight, *, near: Node) -> tuple[Node, Node, Node | None]:
+        packed, scales, *others = (
+            self.rw.constant(f"{path}_{kind}", part, near=near)
+            for kind, part in (("blocks", held.packed), ("scales", held.scales), ("zero_points", held.zero_points))
+            if part is not None
+        )
+        return packed, scales, others[0] if others else None
+
+
+def _expanded(rw: Rewriter, options: QuantizeWeights) -> Iterator[LayerWeight]:
+    """Yield the weights of layers that have no kernel of blocks."""
+    layers = [target for kind, targets in _EXPANDED.items() if kind in options.kinds for target in targets]
+    if layers:
+        yield from StoredWeights(rw).weights(rw, layers, skip=options.skip, min_elements=options.min_elements)
 
 
 def _no_larger(block_size: int, row: int) -> int:
