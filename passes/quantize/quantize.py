@@ -37,6 +37,7 @@ from fxopt.rewriter import Rewriter
 
 __all__ = ["PREPARATION", "Quantize"]
 
+
 @dataclasses.dataclass(frozen=True)
 class Quantize(LossyPass):
     """Compute in integers what the target can compute in integers.
