@@ -89,6 +89,10 @@ class QuantizeWeights(Pass):
 
     name: ClassVar[str] = "quantize-weights"
     evaluation_only: ClassVar[bool] = True
+    remedy: ClassVar[str] = (
+        "bits=8, smaller blocks (block_size=16), rounding='gptq', kinds=('linear', 'embedding'), "
+        "skip=('NAME*',); min_sqnr_db=... if less will do"
+    )
     bits: int = 4
     block_size: int = 32
     symmetric: bool = False
@@ -156,6 +160,9 @@ class QuantizeWeights(Pass):
                 _replace(rw, use, stored.nodes(use), self)
         for weight in _expanded(rw, self):
             stored.expand(weight)
+        if "convolution" not in self.kinds:
+            for call in rw.calls(*_EXPANDED["convolution"]):
+                rw.skip(call, "it is a convolution, which stays unless it is asked for: kinds=(..., 'convolution')")
         if stored.bytes_before:
             rw.notes.append(f"weights of {stored.bytes_before} bytes take {stored.bytes_after} bytes in blocks")
 

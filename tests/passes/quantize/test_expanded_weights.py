@@ -122,6 +122,7 @@ def test_a_layer_reads_tables(name: str) -> None:
 def test_convolutions_stay_unless_they_are_named():
     net, x = nn.Sequential(nn.Conv1d(8, 16, 3), nn.Flatten(), nn.Linear(16 * 6, 12)), torch.randn(2, 8, 8)
     result = check_pass(QuantizeWeights(min_elements=64), net, x, changes=1)
+    assert [skip.node for skip in result.skips] == ["conv1d"]
     assert [node.target for node in result.gm.graph.nodes if node.target in (EXPAND_NBITS, MATMUL_NBITS)] == [
         MATMUL_NBITS
     ]
