@@ -23,6 +23,7 @@ from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
 from fxopt.size_advice import sizes_that_work
+from fxopt.tensors_of_scalars import TensorsOfScalars
 from fxopt.trace_errors import asks_for_values, explained, refuses_sizes
 
 __all__ = ["Trace", "trace", "unlift"]
@@ -87,7 +88,7 @@ def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | Non
 
     def program() -> torch.export.ExportedProgram:
         reads.clear()
-        with quiet(), _training_reads(model, reads), WholeRecurrentLayers(), _without_fast_path():
+        with quiet(), _training_reads(model, reads), WholeRecurrentLayers(), TensorsOfScalars(), _without_fast_path():
             return torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
 
     exported, sites = _exported(model, program)
