@@ -6,7 +6,8 @@ error that the graph has in its own precision is the unit, and a rewrite may hav
     bound = factor * max( max|y32 - y64| ,  4 eps max|y64| )        for each output y
 
 The first term holds what the length of dot products and the depth of the graph cost on these very inputs; the second
-keeps the bound above zero where the graph happens to be exact. Half of all digits is the most that counts as rounding.
+keeps the bound above zero where the graph happens to be exact, eps being that of the type in which an output was
+rounded, which may be stored in a wider one. Half of all digits is the most that counts as rounding.
 Error analysis of the same kind: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.
 """
 
@@ -24,6 +25,7 @@ from fxopt.contracts import METRICS, Contract
 from fxopt.effects import is_random
 from fxopt.graph_module import graph_modules
 from fxopt.isolation import isolated
+from fxopt.rounding_units import rounding_units
 
 __all__ = [
     "FLOOR_EPS",
@@ -229,7 +231,8 @@ def reference(gm: torch.fx.GraphModule, outputs: Sequence[Any], leaves: Sequence
     if precise is None:
         precise = tuple(outputs)
     eps = coarsest_eps(gm)
-    return Reference(tuple(outputs), precise, tuple(_noise(o, p, eps) for o, p in zip(outputs, precise, strict=True)))
+    noise = [_noise(*held, eps) for held in zip(outputs, precise, rounding_units(gm), strict=True)]
+    return Reference(tuple(outputs), precise, tuple(noise))
 
 
 def coarsest_eps(gm: torch.fx.GraphModule) -> float:
@@ -239,7 +242,7 @@ def coarsest_eps(gm: torch.fx.GraphModule) -> float:
     return max((torch.finfo(dtype).eps for dtype in floats), default=0.0)
 
 
-def _noise(output: Any, precise: Any, eps: float) -> float:
+def _noise(output: Any, precise: Any, unit: float, eps: float) -> float:
     if (
         not isinstance(output, torch.Tensor)
         or not (output.is_floating_point() or output.is_complex())
@@ -251,7 +254,7 @@ def _noise(output: Any, precise: Any, eps: float) -> float:
         return 0.0
     measured = measure(precise[finite].to(_WIDER.get(output.dtype, output.dtype)), output[finite]).max_abs
     scale = float(precise[finite].abs().max())
-    floor = FLOOR_EPS * torch.finfo(output.dtype).eps * scale
+    floor = FLOOR_EPS * max(unit, torch.finfo(output.dtype).eps) * scale
     return min(max(measured, floor), largest_noise(output, precise, eps))
 
 

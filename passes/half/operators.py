@@ -17,6 +17,7 @@ from fxopt.attention_ops import MULTI_HEAD_ATTENTION
 from fxopt.effects import has_effect, is_random
 from fxopt.functionalize import fake_result
 from fxopt.graph_module import graph_modules
+from fxopt.moves import base_name, is_move, is_noiseless, name_of
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 from fxopt.ops import SELECT_MODE
 from fxopt.regions import COND, WHILE_LOOP, body_of
@@ -42,22 +43,6 @@ __all__ = [
 aten = torch.ops.aten
 
 _OWN = {MULTI_HEAD_ATTENTION, MASKED_LAYER_NORM, MASKED_GROUP_NORM, SELECT_MODE}
-_MOVES = {
-    "alias", "as_strided", "chunk", "clone", "contiguous", "detach", "diagonal", "dropout", "expand", "expand_as",
-    "feature_dropout", "flatten", "flip", "gather", "getitem", "index_select", "lift_fresh", "lift_fresh_copy",
-    "movedim", "narrow", "permute", "pixel_shuffle", "pixel_unshuffle", "positive", "ravel", "repeat",
-    "repeat_interleave", "reshape", "roll", "rot90", "select", "slice", "split", "split_with_sizes", "squeeze",
-    "swapaxes", "swapdims", "t", "take", "take_along_dim", "tensor_split", "tile", "transpose", "tril", "triu",
-    "unbind", "unflatten", "unfold", "unsqueeze", "view", "_unsafe_view", "_reshape_alias", "channel_shuffle",
-}  # fmt: skip
-_NOISELESS = _MOVES | {
-    "abs", "adaptive_max_pool1d", "adaptive_max_pool2d", "amax", "amin", "argmax", "argmin", "argsort", "cat",
-    "concat", "constant_pad_nd", "embedding", "index", "index_put", "masked_fill", "masked_select", "max",
-    "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "min", "minimum", "neg", "pad", "relu", "scatter",
-    "slice_scatter", "select_scatter", "sign", "sort", "stack", "topk", "where", "select_mode", "eq", "ne", "lt", "le",
-    "gt", "ge", "isnan", "isinf", "isfinite", "nonzero", "logical_not", "logical_and", "logical_or", "fmax", "fmin",
-    "zeros_like", "ones_like", "new_zeros", "new_ones",
-}  # fmt: skip
 _PROMOTING = {
     "add", "addcdiv", "addcmul", "atan2", "clamp", "clamp_max", "clamp_min", "div", "fmax", "fmin", "fmod", "full",
     "full_like", "lerp", "masked_fill", "maximum", "minimum", "mul", "new_full", "pow", "remainder", "rsub",
@@ -71,18 +56,6 @@ _LIKE = {
 _KEPT: dict[Any, tuple[str, ...]] = {aten.batch_norm.default: ("weight", "bias", "running_mean", "running_var")}
 _NO_HALF = ("fft_", "_fft", "linalg_", "stft", "istft", "view_as_complex", "complex", "polar", "histc", "cdist")
 _HALF_LINALG = ("linalg_vector_norm", "linalg_norm")
-
-
-def name_of(target: Any) -> str:
-    """Return the name of an operator without namespace and overload: ``"softmax"`` of ``aten.softmax.int``."""
-    if isinstance(target, OpOverload):
-        return str(target._schema.name.split("::")[1])
-    return str(getattr(target, "__name__", target))
-
-
-def base_name(node: torch.fx.Node) -> str:
-    """Return the name of a node's operator; see :func:`name_of`."""
-    return name_of(node.target)
 
 
 def takes_numbers(target: Any) -> bool:
@@ -108,21 +81,6 @@ def float_operands(node: torch.fx.Node) -> list[torch.fx.Node]:
 def is_like(node: torch.fx.Node) -> bool:
     """Return whether a node reads of its operand the type and the sizes alone."""
     return isinstance(node.target, OpOverload) and base_name(node) in _LIKE
-
-
-def is_move(node: torch.fx.Node) -> bool:
-    """Return whether a node only moves elements of one tensor, so that it works in whatever type this has."""
-    if node.target is operator.getitem:
-        return True
-    if not isinstance(node.target, OpOverload) or base_name(node) not in _MOVES:
-        return False
-    values = [source.meta.get("val") for source in node.all_input_nodes]
-    return sum(isinstance(value, torch.Tensor) and value.is_floating_point() for value in values) <= 1
-
-
-def is_noiseless(node: torch.fx.Node) -> bool:
-    """Return whether each element that a node yields is one that it reads, its negative, or no float: none rounds."""
-    return node.target is operator.getitem or (isinstance(node.target, OpOverload) and base_name(node) in _NOISELESS)
 
 
 def kept_operands(node: torch.fx.Node) -> tuple[torch.fx.Node, ...]:
