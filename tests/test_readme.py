@@ -140,6 +140,7 @@ def test_half_precision_example_trains(folder, capsys):
         torch.testing.assert_close(names["adaptive"].gm.eval()(images), model(images), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow  # tests/distributed trains and shards the same way
 def test_examples_of_many_machines_run_under_torchrun(folder):
     for name, code, processes in (("train.py", TRAIN_CODE, 2), ("shard.py", SHARD_CODE, 1)):
         (folder / name).write_text(code)

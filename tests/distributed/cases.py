@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,6 +98,12 @@ GRAPHS: dict[str, Callable[[], fxopt.CapturedModule]] = {
     "merged": merged,
 }
 """Graphs whose gradient for a batch is the mean of those for its parts."""
+
+
+def covered(name: str) -> list[pytest.MarkDecorator]:
+    """Return the marks of a graph: that of slow tests if another one has all that it has."""
+    return [] if name in ("masked and quantized", "recurrent", "merged") else [pytest.mark.slow]
+
 
 LEARNED: Callable[[], fxopt.CapturedModule] = lambda: quantized(masked(Blocks), learn_scales=True)  # noqa: E731  (listed like the others)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxopt
-from tests.distributed.cases import GRAPHS, LEARNED, STEPS, Blocks, X, Y, adam, masked, scores_of, train
+from tests.distributed.cases import GRAPHS, LEARNED, STEPS, Blocks, X, Y, adam, covered, masked, scores_of, train
 from tests.distributed.launch import trained_once
 from tests.distributed.train_ddp import train_all
 
@@ -30,7 +30,7 @@ def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
             assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=covered(name)) for name in GRAPHS])
 def test_losses_and_weights_are_those_of_one_process(name: str, outcome: list[dict[str, Any]]) -> None:
     alone = GRAPHS[name]()
     losses = train(alone, adam(alone), X, Y)

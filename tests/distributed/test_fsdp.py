@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.cases import GRAPHS, X, Y, adam, train
+from tests.distributed.cases import GRAPHS, X, Y, adam, covered, train
 from tests.distributed.launch import trained_once
 from tests.distributed.test_ddp import ROUNDING, assert_same
 from tests.distributed.train_fsdp import ALL, SHARDED, SPLIT, WRAPPED, train_all
@@ -32,7 +32,7 @@ def assert_trained_like_one_process(name: str, kind: str, outcome: list[dict[str
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, "fully_shard") for name in SHARDED if name in GRAPHS]
+    [pytest.param(name, "fully_shard", marks=covered(name)) for name in SHARDED if name in GRAPHS]
     + [(name, "FullyShardedDataParallel") for name in WRAPPED if name in GRAPHS],
 )
 def test_the_gathered_state_is_that_of_one_process(name: str, kind: str, outcome: list[dict[str, Any]]) -> None:

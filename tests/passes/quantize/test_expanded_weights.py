@@ -71,8 +71,16 @@ def with_weights(model: nn.Module, new: dict[str, Tensor]) -> nn.Module:
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True), (8, False)])
+@pytest.mark.parametrize(
+    ("name", "bits", "symmetric"),
+    [
+        *((name, 4, False) for name in LAYERS),
+        ("lstm", 2, False),
+        ("lstm", 8, True),
+        ("conv", 8, False),
+        ("gru", 4, True),
+    ],
+)
 def test_a_layer_computes_with_what_its_blocks_stand_for(name: str, bits: int, symmetric: bool) -> None:
     model, x = LAYERS[name]().eval(), torch.randn(2, 3, 40)
     pass_ = QuantizeWeights(
