@@ -23,6 +23,7 @@ from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
 from fxopt.size_advice import sizes_that_work
+from fxopt.size_builtins import symbolic_sizes
 from fxopt.tensors_of_scalars import TensorsOfScalars
 from fxopt.trace_errors import asks_for_values, explained, refuses_sizes
 
@@ -68,6 +69,8 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     except CaptureError as error:
         if error.__cause__ is None or not refuses_sizes(error.__cause__):
             raise
+        with contextlib.suppress(CaptureError), symbolic_sizes():
+            return _traced(model, sample, shapes)
 
         def refusal(others: Any) -> str | None:
             try:

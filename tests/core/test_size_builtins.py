@@ -1,0 +1,56 @@
+"""Python's len, max and min of dynamic sizes: the graph keeps the size, and Python keeps its functions."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxopt
+from fxopt.export import to_onnx
+from fxopt.size_builtins import symbolic_sizes
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "len": lambda x: x * len(x),
+    "arange": lambda x: x + torch.arange(len(x))[:, None],
+    "zeros": lambda x: torch.zeros(len(x), x.shape[1]) + x,
+    "max": lambda x: x + x.new_ones(max(len(x), 4)).sum(),
+    "max of a list": lambda x: x + x.new_ones(max([x.shape[0], 4, x.shape[1]])).sum(),
+    "min": lambda x: x + x.new_ones(min(len(x), 4)).sum(),
+    "counted": lambda x: torch.zeros(len(x.t())).index_add(0, torch.arange(len(x)) % 3, x.sum(1)),
+}
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_graph_has_any_number_of_rows(name: str) -> None:
+    function = WRITTEN[name]
+    gm = fxopt.capture(function, (torch.randn(5, 3),), dynamic_shapes=({0: "rows"},))
+    for rows in (1, 2, 3, 4, 5, 9):
+        x = torch.randn(rows, 3)
+        torch.testing.assert_close(gm(x), function(x), rtol=0, atol=0)
+    to_onnx(gm)
+
+
+def test_what_needs_a_plain_number_is_refused_with_the_size_that_works():
+    before = builtins.len, builtins.max, builtins.min
+    with pytest.raises(fxopt.CaptureError, match="rows = 4 is its only size"):
+        fxopt.capture(
+            lambda x: sum(x[place] for place in range(len(x))), (torch.randn(4, 3),), dynamic_shapes=({0: "rows"},)
+        )
+    assert (builtins.len, builtins.max, builtins.min) == before
+
+
+def test_other_values_keep_what_python_makes_of_them():
+    with symbolic_sizes():
+        assert (len("abc"), len(torch.ones(2, 3)), max(3, 5), min([4, 2.5])) == (3, 2, 5, 2.5)
+        assert max("ab", "b", key=len) == "ab"
+        assert min([], default=7) == 7
+        assert max(iter([1, 3])) == 3
+        with pytest.raises(TypeError, match="0-d tensor"):
+            len(torch.tensor(1))
+        with pytest.raises(ValueError, match="empty"):
+            max([])
