@@ -21,7 +21,7 @@ __all__ = ["sizes_that_work", "told_guards"]
 
 _GUARD = re.compile(
     r"Not all values of (?P<name>\w+) = (?P<source>.+?) in the specified range.*? "
-    r"satisfy the generated guard (?P<guard>.+?)\.?$",
+    r"satisfy the generated guard (?P<guard>.+?)\.?(?:Specializations unexpectedly required.*)?$",
     re.MULTILINE,
 )
 _EQUAL = re.compile(r"^\s*(?P<name>\w+) = (?P<value>\d+|[A-Za-z]\w*(?: [+-] \d+)?)$", re.MULTILINE)

@@ -101,6 +101,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Any, str, Any, li
         {"x": {0: "batch"}},
         [((1, 8),), ((5, 8),)],
     ),
+    "one size only, beside guards": (
+        lambda x: x.chunk(2, 1)[0],
+        (ROWS[:, :7],),
+        {"x": {0: "batch", 1: "width"}},
+        "leave 'width' out: width = 7 is its only size",
+        {"x": {0: "batch"}},
+        [((1, 7),), ((5, 7),)],
+    ),
     "two that are equal": (
         add,
         (ROWS, ROWS.clone()),

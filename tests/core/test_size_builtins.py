@@ -1,8 +1,9 @@
-"""Python's len, max and min of dynamic sizes: the graph keeps the size, and Python keeps its functions."""
+"""Python's len, max, min and math.sqrt of dynamic sizes: the graph keeps the size, and Python keeps its functions."""
 
 from __future__ import annotations
 
 import builtins
+import math
 from collections.abc import Callable
 
 import pytest
@@ -20,6 +21,8 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda x: x + x.new_ones(max(len(x), 4)).sum(),
     "max of a list": lambda x: x + x.new_ones(max([x.shape[0], 4, x.shape[1]])).sum(),
     "min": lambda x: x + x.new_ones(min(len(x), 4)).sum(),
+    "sqrt": lambda x: x / math.sqrt(x.shape[0]),
+    "sqrt of a product": lambda x: x / math.sqrt(len(x) * x.shape[1]),
     "counted": lambda x: torch.zeros(len(x.t())).index_add(0, torch.arange(len(x)) % 3, x.sum(1)),
 }
 
@@ -36,12 +39,12 @@ def test_a_graph_has_any_number_of_rows(name: str) -> None:
 
 
 def test_what_needs_a_plain_number_is_refused_with_the_size_that_works():
-    before = builtins.len, builtins.max, builtins.min
+    before = builtins.len, builtins.max, builtins.min, math.sqrt
     with pytest.raises(fxopt.CaptureError, match="rows = 4 is its only size"):
         fxopt.capture(
             lambda x: sum(x[place] for place in range(len(x))), (torch.randn(4, 3),), dynamic_shapes=({0: "rows"},)
         )
-    assert (builtins.len, builtins.max, builtins.min) == before
+    assert (builtins.len, builtins.max, builtins.min, math.sqrt) == before
 
 
 def test_other_values_keep_what_python_makes_of_them():
@@ -50,6 +53,7 @@ def test_other_values_keep_what_python_makes_of_them():
         assert max("ab", "b", key=len) == "ab"
         assert min([], default=7) == 7
         assert max(iter([1, 3])) == 3
+        assert math.sqrt(9) == 3.0
         with pytest.raises(TypeError, match="0-d tensor"):
             len(torch.tensor(1))
         with pytest.raises(ValueError, match="empty"):
