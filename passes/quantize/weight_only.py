@@ -160,7 +160,7 @@ class QuantizeWeights(Pass):
                 _replace(rw, use, stored.nodes(use), self)
         for weight in _expanded(rw, self):
             stored.expand(weight)
-        if "convolution" not in self.kinds:
+        if self.kinds == _KINDS:  # what is not asked about needs no reason
             for call in rw.calls(*_EXPANDED["convolution"]):
                 rw.skip(call, "it is a convolution, which stays unless it is asked for: kinds=(..., 'convolution')")
         if stored.bytes_before:
