@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from fxopt.export.emitter import Emitter, Value, dims, tensor_of
+from fxopt.export.emitter import Emitter, Value, dims, dtype_of, tensor_of
 from fxopt.export.translations.quantized import dequantized_from
 
 __all__ = ["product_with_rows"]
@@ -30,7 +30,9 @@ def product_with_rows(emit: Emitter, x: Value, weight: Value, bias: Value | None
         weight: s8[k, n], dequantized with a scale for each column: the transposition of a constant.
         bias: f32[n], or nothing.
     """
-    if emit.runtime != "ort-cpu" or emit.written_for != "recurrent" or (blocks := _blocks(emit, weight)) is None:
+    if emit.runtime != "ort-cpu" or emit.written_for != "recurrent" or dtype_of(x) != torch.float32:
+        return None
+    if (blocks := _blocks(emit, weight)) is None:
         return None
     features_in, outputs = dims(weight)
     return emit(
