@@ -8,38 +8,21 @@ is traced before anyone is told of it.
 from __future__ import annotations
 
 import re
-import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from fxopt.dimensions import Dimension, dynamic_axes, parse_dimension
+from fxopt.dimensions import Dimension, parse_dimension
+from fxopt.size_guards import LARGEST, example_sizes, holds, told_guards
 
-__all__ = ["sizes_that_work", "told_guards"]
+__all__ = ["sizes_that_work"]
 
-_GUARD = re.compile(
-    r"Not all values of (?P<name>\w+) = (?P<source>.+?) in the specified range.*? "
-    r"satisfy the generated guard (?P<guard>.+?)\.?(?:Specializations unexpectedly required.*)?$",
-    re.MULTILINE,
-)
 _EQUAL = re.compile(r"^\s*(?P<name>\w+) = (?P<value>\d+|[A-Za-z]\w*(?: [+-] \d+)?)$", re.MULTILINE)
 _MULTIPLE = re.compile(r"^\s*(?P<name>\w+) = (?P<step>\d+)\*_(?P=name)$", re.MULTILINE)
-_SYMBOLIC = types.SimpleNamespace(sym_max=max, sym_min=min)
-_LARGEST = 4096  # sizes up to this are tried; what holds for all of them is taken to hold above
 _STEPS = 64
 _ROUNDS = 3
-
-
-def told_guards(text: str) -> Iterator[tuple[str, str, str]]:
-    """Yield ``(name of the dimension, where it stands, guard)`` of each guard named in an error of torch.export.
-
-    The guard calls the size by the name of its dimension: ``("width", "L['x'].size()[3]", "(width // 4) != 1")``.
-    """
-    for found in _GUARD.finditer(text):
-        name, guard = found["name"], found["guard"].replace(found["source"], found["name"])
-        yield name, found["source"], guard.removesuffix(f" and {name} <= IntInfinity()")
 
 
 def sizes_that_work(
@@ -53,9 +36,20 @@ def sizes_that_work(
         arguments: The example inputs by parameter name.
         attempt: Traces the model with other dynamic shapes; returns None, or the text of the error.
     """
+    # Torch may solve a guard for multiples where that guard holds for all sizes: what it names comes first.
+    for multiples in (False, True) if _MULTIPLE.search(text) else (True,):
+        if (found := _sizes(text, shapes, arguments, attempt, multiples=multiples)) is not None:
+            return found
+    return None
+
+
+def _sizes(
+    text: str, shapes: Any, arguments: Mapping[str, Any], attempt: Callable[[Any], str | None], *, multiples: bool
+) -> str | None:
     told: dict[str, str] = {}
     for _ in range(_ROUNDS):
-        equal, ranges = dict(_equalities(text, shapes)), dict(_ranges(text, shapes, arguments))
+        equal = dict(_equalities(text, shapes))
+        ranges = dict(_ranges(text, shapes, arguments, multiples=multiples))
         if not equal and not ranges:
             return None
         told |= {name: advice for name, (_, advice) in (ranges | equal).items()}
@@ -93,29 +87,28 @@ def _equalities(text: str, shapes: Any) -> Iterator[tuple[str, tuple[Any, str]]]
             yield name, (derived, f"torch.export.Dim({other!r}) {sign} {offset} in place of {name!r}")
 
 
-def _ranges(text: str, shapes: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[str, tuple[Any, str]]]:
+def _ranges(
+    text: str, shapes: Any, arguments: Mapping[str, Any], *, multiples: bool
+) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Yield, by dimension, the sizes around that of the example for which all its guards hold."""
-    examples = {
-        _name(dim): (tensor.shape[axis], dim)
-        for tensor, axes in dynamic_axes(dict(arguments), shapes)
-        for axis, dim in axes.items()
-    }
+    examples = example_sizes(shapes, arguments)
     guards: dict[str, list[str]] = {}
     for name, _, guard in told_guards(text):
         guards.setdefault(name, []).append(guard)
-    for found in _MULTIPLE.finditer(text.partition("Suggested fixes:")[2]):  # a guard that torch solved is not named
+    solved = text.partition("Suggested fixes:")[2] if multiples else ""
+    for found in _MULTIPLE.finditer(solved):  # a guard that torch solved is not named
         guards.setdefault(found["name"], []).append(f"{found['name']} % {found['step']} == 0")
     for name, conditions in guards.items():
         example, dim = examples.get(name, (0, None))
         if not hasattr(dim, "min") or hasattr(dim, "root"):
             continue
-        low, high = max(dim.min, 1), min(dim.max, _LARGEST)
+        low, high = max(dim.min, 1), min(dim.max, LARGEST)
         compiled = [compile(guard, "<guard>", "eval") for guard in conditions]
-        holds = [low <= size <= high and _holds(compiled, name, size) for size in range(_LARGEST + 1)]
-        step, first, last = max(_runs(holds, example), key=lambda run: ((run[2] - run[1]) // run[0], -run[0]))
-        if first == last or not holds[example]:  # an example of size 1 is traced at size 2
+        fits = [low <= size <= high and holds(compiled, name, size) for size in range(LARGEST + 1)]
+        step, first, last = max(_runs(fits, example), key=lambda run: ((run[2] - run[1]) // run[0], -run[0]))
+        if first == last or not fits[example]:  # an example of size 1 is traced at size 2
             continue
-        most = last if last + step <= high or high < _LARGEST else None
+        most = last if last + step <= high or high < LARGEST else None
         if step == 1:
             bounded = Dimension(name, "", first, most)
             yield name, (parse_dimension(str(bounded)), f"{str(bounded)!r} in place of {name!r}")
@@ -125,28 +118,14 @@ def _ranges(text: str, shapes: Any, arguments: Mapping[str, Any]) -> Iterator[tu
             yield name, (step * root, f"{step} * torch.export.Dim('_{name}', {bounds}) in place of {name!r}")
 
 
-def _runs(holds: list[bool], example: int) -> Iterator[tuple[int, int, int]]:
+def _runs(fits: list[bool], example: int) -> Iterator[tuple[int, int, int]]:
     """Yield the step, first and last of each longest run of sizes around ``example``, a multiple of the step."""
     for step in range(1, _STEPS + 1):
         if example % step:
             continue
         first = last = example
-        while first - step > 0 and holds[first - step]:
+        while first - step > 0 and fits[first - step]:
             first -= step
-        while last + step < len(holds) and holds[last + step]:
+        while last + step < len(fits) and fits[last + step]:
             last += step
         yield step, first, last
-
-
-def _holds(guards: list[types.CodeType], name: str, size: int) -> bool:
-    """Return whether all guards that speak of this size alone hold for it."""
-    known = {"__builtins__": {}, "torch": _SYMBOLIC, name: size}
-    for guard in guards:
-        try:
-            if not eval(guard, known):  # an expression that torch wrote, with no names but these
-                return False
-        except ZeroDivisionError:
-            return False
-        except (NameError, AttributeError):
-            continue  # it speaks of other sizes too; the trace will tell
-    return True

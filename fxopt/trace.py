@@ -24,6 +24,7 @@ from fxopt.functionalize import fake_call, functionalize
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
 from fxopt.size_advice import sizes_that_work
 from fxopt.size_builtins import symbolic_sizes
+from fxopt.size_guards import checks_always_hold, drop_checks, guards_always_hold
 from fxopt.tensors_of_scalars import TensorsOfScalars
 from fxopt.trace_errors import asks_for_values, explained, refuses_sizes
 
@@ -65,16 +66,14 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     arguments = bind_arguments(model.forward, sample)
     shapes = named_dynamic_shapes(dynamic_shapes, arguments)
     try:
-        return _traced(model, sample, shapes)
+        return _traced_with_sizes(model, sample, shapes)
     except CaptureError as error:
         if error.__cause__ is None or not refuses_sizes(error.__cause__):
             raise
-        with contextlib.suppress(CaptureError), symbolic_sizes():
-            return _traced(model, sample, shapes)
 
         def refusal(others: Any) -> str | None:
             try:
-                _traced(model, sample, others)
+                _traced_with_sizes(model, sample, others)
             except CaptureError as again:
                 return str(again.__cause__)
             return None
@@ -83,7 +82,27 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
         raise explained(error.__cause__, found) from error.__cause__
 
 
-def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None) -> Trace:
+def _traced_with_sizes(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None) -> Trace:
+    """Trace, and if sizes are refused once more: with symbols where Python asks for numbers, without vain guards."""
+    try:
+        return _traced(model, sample, shapes)
+    except CaptureError as error:
+        if error.__cause__ is None or not refuses_sizes(error.__cause__):
+            raise
+        first = error
+    with symbolic_sizes():
+        try:
+            return _traced(model, sample, shapes)
+        except CaptureError as error:
+            left = str(error.__cause__)
+        if shapes is not None and guards_always_hold(left, shapes, bind_arguments(model.forward, sample)):
+            with contextlib.suppress(CaptureError):
+                return _traced(model, sample, shapes, checked=True)
+    raise first
+
+
+def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None, *, checked: bool = False) -> Trace:
+    """Trace once; with ``checked``, the guards on sizes are known to hold, and torch need not prove them."""
     arguments = bind_arguments(model.forward, sample)
     sample = traceable(sample, arguments, shapes)
     arguments = bind_arguments(model.forward, sample)
@@ -92,9 +111,20 @@ def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | Non
     def program() -> torch.export.ExportedProgram:
         reads.clear()
         with quiet(), _training_reads(model, reads), WholeRecurrentLayers(), TensorsOfScalars(), _without_fast_path():
-            return torch.export.export(model, sample.args, dict(sample.kwargs), dynamic_shapes=shapes, strict=False)
+            return torch.export.export(
+                model,
+                sample.args,
+                dict(sample.kwargs),
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=checked,
+            )
 
     exported, sites = _exported(model, program)
+    if checked and not checks_always_hold(exported):
+        raise CaptureError("a guard on sizes, which torch could not prove, does not hold for some size")
+    if checked:
+        drop_checks(exported)
     found = unlift(exported, _asked_names(shapes, exported, arguments))
     found.training, found.sites = bool(reads), sites
     return found

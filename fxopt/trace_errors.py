@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from fxopt.errors import CaptureError, describe
-from fxopt.size_advice import told_guards
+from fxopt.size_guards import told_guards
 
 __all__ = ["asks_for_values", "explained", "refuses_sizes", "user_location"]
 

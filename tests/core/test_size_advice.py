@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import fxopt
+from fxopt.export import to_onnx
 from fxopt.size_advice import sizes_that_work
 
 
@@ -109,6 +111,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Any, str, Any, li
         {"x": {0: "batch"}},
         [((1, 7),), ((5, 7),)],
     ),
+    "guards that hold for all sizes, which torch does not see": (
+        lambda x: x[:, : x.shape[1] // 2],
+        (ROWS,),
+        {"x": {0: "batch", 1: "width"}},
+        "in dynamic_shapes, '4<=width' in place of 'width'",
+        {"x": {0: "batch", 1: "4<=width"}},
+        [((1, 4),), ((5, 9),)],
+    ),
     "two that are equal": (
         add,
         (ROWS, ROWS.clone()),
@@ -204,3 +214,33 @@ def test_a_guard_that_only_the_example_meets_has_no_advice() -> None:
 def test_sizes_without_that_of_the_example_are_no_advice() -> None:
     text = GUARD.format("L['x'].size()[1] != 1")
     assert sizes_that_work(text, {"x": {1: Dim("n")}}, {"x": torch.ones(2, 1)}, lambda shapes: None) is None
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[:, : x.shape[1] // 2],
+        lambda x: x[:, -(x.shape[1] // 2) :] * 2,
+        lambda x: x[:, : math.ceil(x.shape[1] / 2)],
+        lambda x: x[:, math.floor(x.shape[1] * 0.5) :],
+    ],
+    ids=["half", "last half", "ceil", "floor"],
+)
+def test_what_torch_cannot_prove_is_tried_for_all_sizes(function: Callable[[Tensor], Tensor]) -> None:
+    gm = fxopt.capture(function, (ROWS,), dynamic_shapes=({0: "batch", 1: "4<=width"},))
+    assert all(node.target is not torch.ops.aten._assert_scalar.default for node in gm.graph.nodes)
+    for width in range(4, 20):
+        assert torch.equal(gm(x := torch.randn(3, width)), function(x))
+    to_onnx(gm)
+
+
+@pytest.mark.parametrize("asked", ["4<=width", "5<=width", "8<=width<=12"])
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: x[:, : int(x.shape[1] * 0.5)], lambda x: x.chunk(2, 1)[0], lambda x: x.reshape(len(x), -1, 2).sum(1)],
+    ids=["a number that Python made", "as many parts as the example has", "even sizes alone"],
+)
+def test_guards_that_do_not_hold_for_all_sizes_stay(function: Callable[[Tensor], Tensor], asked: str) -> None:
+    with pytest.raises(fxopt.CaptureError, match="fixes a size"):
+        fxopt.capture(function, (ROWS,), dynamic_shapes=({0: "batch", 1: asked},))
