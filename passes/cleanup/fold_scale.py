@@ -80,7 +80,7 @@ def _site(node: torch.fx.Node) -> _Site | None:
     left, right = arg(node, "self"), arg(node, "other")
     pairs = [(left, right)] if node.target is aten.div.Tensor else [(left, right), (right, left)]
     for value, constant in pairs:
-        is_number = isinstance(constant, int | float) and not isinstance(constant, bool)
+        is_number = plain_number(constant) is not None
         if not is_number and not (isinstance(constant, torch.fx.Node) and constant.op == "get_attr"):
             continue
         if isinstance(value, torch.fx.Node) and (found := _layer_of(value)) is not None:

@@ -21,7 +21,8 @@ import torch
 
 from fxopt.errors import PassError, describe
 from fxopt.graph_module import CapturedModule, graph_modules
-from fxopt.passes.half.operators import is_float, is_like, is_move, kept_operands, makes_floats, refusal, with_dtype
+from fxopt.moves import is_move
+from fxopt.passes.half.operators import is_float, is_like, kept_operands, makes_floats, refusal, with_dtype
 from fxopt.passes.half.plan import PrecisionPlan, dtype_name
 from fxopt.regions import COND, WHILE_LOOP, body_of, results_of
 from fxopt.retyping import Retyping

@@ -17,7 +17,8 @@ import torch
 
 from fxopt.args import source_line
 from fxopt.graph_module import graph_modules
-from fxopt.passes.half.operators import base_name, float_operands, half_candidates, is_move, kept_operands
+from fxopt.moves import base_name, is_move
+from fxopt.passes.half.operators import float_operands, half_candidates, kept_operands
 from fxopt.passes.half.plan import PrecisionPlan
 from fxopt.passes.half.planning import labels_of, nodes_fitting
 from fxopt.rewriter import Rewriter

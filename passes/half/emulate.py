@@ -25,9 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxopt.eager_control_flow import EagerInterpreter, eager_call
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
+from fxopt.moves import is_move, name_of
 from fxopt.passes.half.apply import CAST
 from fxopt.passes.half.chains import CHAINS, Rounder
-from fxopt.passes.half.operators import is_move, name_of, takes_numbers
+from fxopt.passes.half.operators import takes_numbers
 from fxopt.passes.half.plan import HALF_TYPES
 from fxopt.regions import COND, WHILE_LOOP
 

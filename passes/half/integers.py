@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxopt.args import plain_number
 from fxopt.attributes import get_path, owner_of
 from fxopt.graph_module import CapturedModule, graph_modules
-from fxopt.passes.half.operators import base_name, is_move
+from fxopt.moves import base_name, is_move
 from fxopt.regions import COND, body_of
 
 __all__ = ["Whole", "exact_limit", "whole_numbers"]
@@ -182,7 +182,7 @@ class Rules:
     def _scalars(self) -> list[Any]:
         if self.name not in ("masked_fill", "where", "clamp", "clamp_min", "clamp_max"):
             return []
-        return [part for part in self.node.args if isinstance(part, int | float) and not isinstance(part, bool)]
+        return [part for part in self.node.args if plain_number(part) is not None]
 
     def add(self) -> Whole | None:
         known = self._known()

@@ -24,9 +24,10 @@ from fxopt.dimensions import Sample
 from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.graph_module import CapturedModule
 from fxopt.isolation import isolated
+from fxopt.moves import base_name, is_move, is_noiseless
 from fxopt.passes.half.constants import HalfConstants
 from fxopt.passes.half.emulate import Accumulate, half_call
-from fxopt.passes.half.operators import base_name, is_float, is_move, is_noiseless, kept_operands
+from fxopt.passes.half.operators import is_float, kept_operands
 from fxopt.passes.half.plan import dtype_name
 from fxopt.regions import COND, WHILE_LOOP
 

@@ -17,24 +17,20 @@ from fxopt.attention_ops import MULTI_HEAD_ATTENTION
 from fxopt.effects import has_effect, is_random
 from fxopt.functionalize import fake_result
 from fxopt.graph_module import graph_modules
-from fxopt.moves import base_name, is_move, is_noiseless, name_of
+from fxopt.moves import base_name, name_of
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 from fxopt.ops import SELECT_MODE
 from fxopt.regions import COND, WHILE_LOOP, body_of
 from fxopt.rewriter import Rewriter
 
 __all__ = [
-    "base_name",
     "float_operands",
     "half_candidates",
     "holds_float",
     "is_float",
     "is_like",
-    "is_move",
-    "is_noiseless",
     "kept_operands",
     "makes_floats",
-    "name_of",
     "refusal",
     "takes_numbers",
     "with_dtype",

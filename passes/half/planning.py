@@ -24,6 +24,7 @@ from fxopt.args import module_path, source_line
 from fxopt.calibration_data import calibration_of, calibration_samples
 from fxopt.graph_module import graph_modules
 from fxopt.metric import Metric, measured
+from fxopt.moves import base_name
 from fxopt.name_patterns import names_fitting
 from fxopt.numerics import measure
 from fxopt.passes.half.apply import apply_plan
@@ -31,7 +32,7 @@ from fxopt.passes.half.cut import Assignments, in_decibels
 from fxopt.passes.half.emulate import Accumulate, Emulated
 from fxopt.passes.half.integers import Whole, exact_limit, whole_numbers
 from fxopt.passes.half.noise import NOISE_SAMPLES, Measured, Settings, measure_noise
-from fxopt.passes.half.operators import base_name, half_candidates, is_float, takes_numbers
+from fxopt.passes.half.operators import half_candidates, is_float, takes_numbers
 from fxopt.passes.half.plan import PrecisionPlan, dtype_name
 from fxopt.rewriter import Rewriter
 
