@@ -54,10 +54,7 @@ def gather_nbits(
     features_in: int,
 ) -> Value:
     """The rows come with the padding of their last block, which is cut off."""
-    rows, blocks, width = dims(packed)
-    assert isinstance(blocks, int)
-    assert isinstance(width, int)
-    flat = emit.reshape(packed, (rows, blocks * width))
+    flat, (_, blocks) = _in_rows(emit, packed)
     padded = blocks * block_size
     found = emit(
         "GatherBlockQuantized", flat, as_index(emit, index), scales, zero_points,
@@ -80,11 +77,9 @@ def expand_nbits(
     block_size: int,
     shape: Sequence[int],
 ) -> Value:
-    rows, blocks, width = dims(packed)
-    assert isinstance(blocks, int)
-    assert isinstance(width, int)
+    bytes_in_rows, (rows, blocks) = _in_rows(emit, packed)
     each = (rows, blocks, block_size)
-    codes = _unpacked(emit, emit.reshape(packed, (rows, blocks * width)), bits, blocks * block_size)
+    codes = _unpacked(emit, bytes_in_rows, bits, blocks * block_size)
     offset: Value | float = float(2 ** (bits - 1))
     if zero_points is not None:
         offset = emit.reshape(emit.cast(_unpacked(emit, zero_points, bits, blocks), torch.float32), (rows, blocks, 1))
@@ -110,6 +105,12 @@ def lookup_nbits(emit: Emitter, packed: Value, table: Value, bits: int, shape: S
         table = emit.reshape(table, (groups * entries,))
     found = emit("Gather", table, codes, axis=0, dims=(channels, elements))
     return emit.reshape(found, tuple(shape))
+
+
+def _in_rows(emit: Emitter, packed: Value) -> tuple[Value, tuple[int, int]]:
+    """Return the bytes of blocks, u8[rows, blocks, width], row by row, and the numbers of rows and blocks."""
+    rows, blocks, width = (int(size) for size in dims(packed))
+    return emit.reshape(packed, (rows, blocks * width)), (rows, blocks)
 
 
 def _unpacked(emit: Emitter, packed: Value, bits: int, count: int) -> Value:

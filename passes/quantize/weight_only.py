@@ -20,7 +20,7 @@ x86-64 server; in f32 7.0 with 4 bits, 29 with 8 and 37 with 2; with ``accuracy_
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -158,8 +158,7 @@ class QuantizeWeights(Pass):
                 rw.skip(call, reason)
             else:
                 _replace(rw, use, stored.nodes(use), self)
-        for weight in _expanded(rw, self):
-            stored.expand(weight)
+        stored.expand()
         if self.kinds == _KINDS:  # what is not asked about needs no reason
             for call in rw.calls(*_EXPANDED["convolution"]):
                 rw.skip(call, "it is a convolution, which stays unless it is asked for: kinds=(..., 'convolution')")
@@ -206,8 +205,14 @@ class _Blocks:
         others = ", the others, embeddings or read by several calls, to nearest" if len(found) < every else ""
         self.rw.notes.append(f"{len(found)} of {every} matrices rounded by GPTQ{others}")
 
-    def expand(self, weight: LayerWeight) -> None:
-        """Let all that read a weight read what its blocks are expanded to."""
+    def expand(self) -> None:
+        """Let layers that have no kernel of blocks read what the blocks of their weights are expanded to."""
+        options = self.options
+        layers = [target for kind, targets in _EXPANDED.items() if kind in options.kinds for target in targets]
+        for weight in self._readers.weights(self.rw, layers, skip=options.skip, min_elements=options.min_elements):
+            self._expand(weight)
+
+    def _expand(self, weight: LayerWeight) -> None:
         rows, options = weight.tensor.detach().flatten(1), self.options
         held = self._in_blocks(rows)
         small, large = held.nbytes, tensor_bytes(weight.tensor)
@@ -276,13 +281,6 @@ class _Blocks:
             if part is not None
         )
         return packed, scales, others[0] if others else None
-
-
-def _expanded(rw: Rewriter, options: QuantizeWeights) -> Iterator[LayerWeight]:
-    """Yield the weights of layers that have no kernel of blocks."""
-    layers = [target for kind, targets in _EXPANDED.items() if kind in options.kinds for target in targets]
-    if layers:
-        yield from StoredWeights(rw).weights(rw, layers, skip=options.skip, min_elements=options.min_elements)
 
 
 def _no_larger(block_size: int, row: int) -> int:
