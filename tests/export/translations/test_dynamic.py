@@ -24,6 +24,7 @@ from fxopt.passes import QuantizeDynamic
 from fxopt.passes.quantize.recurrent_weights import row_integers
 from tests.export.proof import captured, op_types
 from tests.passes.quantize import avx2
+from tests.passes.quantize.nets import Steps
 
 pytestmark = pytest.mark.ort
 ANY = -100.0  # dB: how good 8 bits are is not asked here
@@ -302,21 +303,6 @@ def test_weights_of_other_recurrent_layers_are_bytes(
     to_onnx(captured(net, x), tmp_path / "float.onnx")
     sizes = {name: (tmp_path / f"{name}.onnx").stat().st_size for name in ("int8", "float")}
     assert sizes["int8"] < sizes["float"] / 2.5  # the small parts of small nets: nodes, scales, biases
-
-
-class Steps(nn.Module):
-    """A cell that goes over a sequence."""
-
-    def __init__(self, cell: nn.RNNCellBase) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor) -> Tensor:
-        state, outputs = None, []
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-            outputs.append(state[0] if isinstance(state, tuple) else state)
-        return torch.stack(outputs, 1)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -52,6 +52,21 @@ class Gate(nn.Module):
         return self.dark(x) * 2
 
 
+class Steps(nn.Module):
+    """A cell that goes over a sequence, whose steps read the same weights."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = None, []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs, 1)
+
+
 def awake(model: nn.Module) -> nn.Module:
     """Give batch norms statistics that are not 0 and 1, and return the model in evaluation."""
     generator = torch.Generator().manual_seed(7)

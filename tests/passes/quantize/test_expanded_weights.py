@@ -15,6 +15,7 @@ from fxopt.passes import CodebookWeights, QuantizeWeights
 from fxopt.passes.quantize.blocks import quantize_blocks
 from fxopt.testing import check_pass
 from fxopt.weight_only_ops import EXPAND_NBITS, LOOKUP_NBITS, MATMUL_NBITS
+from tests.passes.quantize.nets import Steps
 
 ANY = -100.0  # dB: how good few bits are is not asked here
 CONVOLUTIONS = ("linear", "convolution")
@@ -29,20 +30,6 @@ class Last(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
-
-
-class Steps(nn.Module):
-    """A cell that goes over a sequence, whose steps read the same weights."""
-
-    def __init__(self, cell: nn.RNNCellBase) -> None:
-        super().__init__()
-        self.cell = cell
-
-    def forward(self, x: Tensor) -> Tensor:
-        state = None
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-        return state[0] if isinstance(state, tuple) else state
 
 
 LAYERS = {
