@@ -31,7 +31,7 @@ class TensorsOfScalars(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.tensor, torch.as_tensor) and args:
-            made = _made(args[0], *args[1:], **kwargs)
+            made = _made(*args, **kwargs)
         elif func is torch.Tensor.new_tensor and len(args) == 2:
             own: dict[str, Any] = {"dtype": args[0].dtype, "device": args[0].device}
             asked = {name: given for name, given in kwargs.items() if given is not None}

@@ -68,7 +68,7 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
     try:
         return _traced_with_sizes(model, sample, shapes)
     except CaptureError as error:
-        if error.__cause__ is None or not refuses_sizes(error.__cause__):
+        if (cause := _refusal_of_sizes(error)) is None:
             raise
 
         def refusal(others: Any) -> str | None:
@@ -78,8 +78,12 @@ def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
                 return str(again.__cause__)
             return None
 
-        found = sizes_that_work(str(error.__cause__), shapes, arguments, refusal)
-        raise explained(error.__cause__, found) from error.__cause__
+        raise explained(cause, sizes_that_work(str(cause), shapes, arguments, refusal)) from cause
+
+
+def _refusal_of_sizes(error: CaptureError) -> BaseException | None:
+    """Return the error of torch behind another one if dynamic sizes are what it is about."""
+    return error.__cause__ if error.__cause__ is not None and refuses_sizes(error.__cause__) else None
 
 
 def _traced_with_sizes(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None) -> Trace:
@@ -87,7 +91,7 @@ def _traced_with_sizes(model: torch.nn.Module, sample: Sample, shapes: dict[str,
     try:
         return _traced(model, sample, shapes)
     except CaptureError as error:
-        if error.__cause__ is None or not refuses_sizes(error.__cause__):
+        if _refusal_of_sizes(error) is None:
             raise
         first = error
     with symbolic_sizes():
@@ -102,7 +106,10 @@ def _traced_with_sizes(model: torch.nn.Module, sample: Sample, shapes: dict[str,
 
 
 def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None, *, checked: bool = False) -> Trace:
-    """Trace once; with ``checked``, the guards on sizes are known to hold, and torch need not prove them."""
+    """Trace once; with ``checked``, the guards that torch names hold for all sizes, and it need not prove them.
+
+    What it solved, it did not name: its assertions are computed for all sizes too.
+    """
     arguments = bind_arguments(model.forward, sample)
     sample = traceable(sample, arguments, shapes)
     arguments = bind_arguments(model.forward, sample)
