@@ -164,8 +164,6 @@ def _exported(
         return alone, {}
     except Exception as error:
         raise explained(error) from error
-    if not session.sites:
-        raise explained(first) from first
     return exported, session.sites
 
 

@@ -1,4 +1,4 @@
-"""Tensors made of lists that hold tensors and sizes: a graph has what eager makes, and is refused where eager is."""
+"""Tensors made of lists that hold tensors and sizes, and indices: as in eager, and refused where eager refuses."""
 
 from __future__ import annotations
 
@@ -54,6 +54,52 @@ def test_a_graph_makes_what_eager_makes(name: str) -> None:
         assert got.dtype == wanted.dtype
         assert not got.requires_grad
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    to_onnx(gm)
+
+
+def set_at(x: Tensor, index: object, value: object) -> Tensor:
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def ends_of_parts(x: Tensor) -> Tensor:
+    lengths = [x.shape[0], x.shape[0]]
+    last = [int(end) - 1 for end in torch.cumsum(torch.as_tensor(lengths), 0)]
+    return torch.cat([x, -x])[last]
+
+
+INDEXED: dict[str, Callable[[Tensor], Tensor]] = {
+    "first and last": lambda x: x[[0, x.shape[0] - 1]],
+    "one list of each axis": lambda x: x[[x.shape[0] - 1, 0], [1, 2]],
+    "a tuple": lambda x: x.T[:, (0, x.shape[0] - 1)],
+    "lists in a list": lambda x: x[[[0, x.shape[0] - 1], [x.shape[0] - 2, 0]],],
+    "beside a slice": lambda x: x.T[1:, [x.shape[0] - 1, 0]],
+    "negative": lambda x: x[[-x.shape[0], -1]],
+    "written": lambda x: set_at(x, [0, x.shape[0] - 1], 0.0),
+    "written from a tensor": lambda x: set_at(x, ([x.shape[0] - 1, 0], [0, 1]), x[0, :2]),
+    "computed by torch": ends_of_parts,
+    "where the largest stands": lambda x: x.T[:, [int(x[:, 0].argmax()), 0]],
+    "the same, as a tensor": lambda x: x.T[:, [x[:, 0].argmax(), 0]],
+    "written where the largest stands": lambda x: set_at(x.T, (slice(None), [int(x[:, 0].argmax()), 0]), 1.0),
+    "plain": lambda x: x[[1, 0]] + x[[0, -1], [2, 1]].sum(),
+    "a mask": lambda x: x[:, [True, False, True]],
+}
+
+
+@pytest.mark.ort
+@pytest.mark.parametrize("name", INDEXED)
+def test_a_graph_has_the_elements_that_lists_of_positions_name(name: str) -> None:
+    net = Net(INDEXED[name]).eval()
+    gm = fxopt.capture(net, (torch.randn(4, 3),), dynamic_shapes=({0: "rows"},), modes="current")
+    for rows in (2, 4, 7):
+        x, again = (torch.randn(rows, 3).requires_grad_() for _ in range(2))
+        again.data.copy_(x.data)
+        wanted, got = net(x), gm(again)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        wanted.square().sum().backward()
+        got.square().sum().backward()
+        torch.testing.assert_close(again.grad, x.grad, rtol=0, atol=0)
     to_onnx(gm)
 
 
