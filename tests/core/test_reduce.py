@@ -46,6 +46,7 @@ def test_one_place_of_a_residual_net(resnet, wrong, behind, value):
     assert (cut.value, cut.note) == (value, "")
 
 
+@pytest.mark.slow
 def test_places_of_a_transformer(transformer):
     wrong = [node.name for node in transformer.graph.nodes if is_float(node)]
     names = [name for name in wrong if "attention" in name or "linear" in name or "norm" in name or "gelu" in name]

@@ -199,7 +199,7 @@ def graph_of(net: type[nn.Module], training: bool) -> fxopt.CapturedModule:
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_graph_equals_eager_in_both_modes_on_every_side(net: type[nn.Module], training: bool) -> None:
     model, gm = model_of(net, training), graph_of(net, training)
     assert gm.modes == "both", gm.modes_reason

@@ -97,7 +97,7 @@ def check_passes(seed: int, passes: str, folder: Path) -> None:
         assert all(torch.equal(a, b) for a, b in zip(gm(x), got, strict=True)), f"{x}\n{random_program(seed)}"
 
 
-@pytest.mark.parametrize("seed", [2, 5, 7, 12, 75])
+@pytest.mark.parametrize("seed", [2, 12, 75])
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 def test_passes_keep_every_way_of_random_programs(passes: str, seed: int, tmp_path: Path) -> None:
     check_passes(seed, passes, tmp_path)

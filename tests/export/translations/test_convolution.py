@@ -11,30 +11,29 @@ from torch import nn
 import fxopt
 from fxopt.export import Session, to_onnx
 from fxopt.passes import Quantize
-from tests.export.proof import op_types, prove
+from tests.export.proof import op_types, prove, prove_each
 
 pytestmark = pytest.mark.ort
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"stride": 2, "padding": 1},
-        {"dilation": 2, "padding": 2},
-        {"groups": 2},
-        {"padding": "same"},
-        {"padding": "same", "dilation": 3},
-        {"padding": "valid", "stride": 2},
-        {"bias": False, "padding": "same", "groups": 4},
-        {"padding": 1, "padding_mode": "reflect"},
-    ],
-    ids=str,
-)
-def test_conv(rank, options):
-    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 8, 3, **options)
-    prove(layer, torch.randn(3, 4, *(9, 8, 7)[:rank]))
+RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
+CONVOLUTIONS = [
+    {},
+    {"stride": 2, "padding": 1},
+    {"dilation": 2, "padding": 2},
+    {"groups": 2},
+    {"padding": "same"},
+    {"padding": "same", "dilation": 3},
+    {"padding": "valid", "stride": 2},
+    {"bias": False, "padding": "same", "groups": 4},
+    {"padding": 1, "padding_mode": "reflect"},
+]
+
+
+@RANKS
+def test_conv(rank):
+    layer, x = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1], torch.randn(3, 4, *(9, 8, 7)[:rank])
+    prove_each({str(options): (layer(4, 8, 3, **options), x) for options in CONVOLUTIONS})
 
 
 def test_conv_with_an_even_kernel_pads_more_behind():
@@ -56,35 +55,36 @@ def test_conv_of_a_dynamic_image():
     prove(lambda x: layer(x.transpose(0, 2)), torch.randn(8, 3, 2, 6))  # the dynamic axis becomes an image axis
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("options", [
-    {}, {"stride": 2}, {"stride": 2, "padding": 1, "output_padding": 1}, {"dilation": 2}, {"groups": 2, "bias": False},
-    {"stride": 2, "dilation": 3, "padding": 1, "output_padding": 2},
-])  # fmt: skip
-def test_conv_transpose(rank, options):
-    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1](4, 6, 3, **options)
-    prove(layer, torch.randn(3, 4, *(5, 4, 3)[:rank]))
+@RANKS
+def test_conv_transpose(rank):
+    every = (
+        {},
+        {"stride": 2},
+        {"stride": 2, "padding": 1, "output_padding": 1},
+        {"dilation": 2},
+        {"groups": 2, "bias": False},
+        {"stride": 2, "dilation": 3, "padding": 1, "output_padding": 2},
+    )
+    layer = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[rank - 1]
+    x = torch.randn(3, 4, *(5, 4, 3)[:rank])
+    prove_each({str(options): (layer(4, 6, 3, **options), x) for options in every})
 
 
 SIZES = {1: (11,), 2: (11, 8), 3: (7, 8, 6)}
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize(
-    "options",
-    [
+@RANKS
+def test_max_pool(rank):
+    every = (
         {"kernel_size": 3},
         {"kernel_size": 3, "stride": 2, "padding": 1},
         {"kernel_size": 3, "stride": 2, "ceil_mode": True},
         {"kernel_size": 2, "stride": 3, "padding": 1, "ceil_mode": True},
         {"kernel_size": 2, "dilation": 2, "stride": 1},
         {"kernel_size": 3, "stride": 3, "dilation": 2, "padding": 1, "ceil_mode": True},
-    ],
-    ids=str,
-)
-def test_max_pool(rank, options):
-    layer = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](**options)
-    prove(layer, torch.randn(3, 4, *SIZES[rank]) - 5)
+    )
+    layer, x = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1], torch.randn(3, 4, *SIZES[rank]) - 5
+    prove_each({str(options): (layer(**options), x) for options in every})
 
 
 @pytest.mark.parametrize("options", [{}, {"padding": 1}, {"ceil_mode": True}, {"stride": 2, "dilation": 2}])
@@ -134,7 +134,7 @@ def test_a_pool_of_what_no_layer_made_is_quantized_as_it_stands():
     assert "Max" not in op_types(to_onnx(gm, validate=False))
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@RANKS
 def test_max_pool_indices_count_within_a_channel(rank):
     prove((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[rank - 1](2, return_indices=True), torch.randn(3, 4, *SIZES[rank]))
 
@@ -145,10 +145,10 @@ AVERAGES = [
 ]
 
 
-@pytest.mark.parametrize("options", AVERAGES)
 @pytest.mark.parametrize("rank", [1, 2])
-def test_average_pool(rank, options):
-    prove((nn.AvgPool1d, nn.AvgPool2d)[rank - 1](**options), torch.randn(3, 4, *SIZES[rank]))
+def test_average_pool(rank):
+    layer, x = (nn.AvgPool1d, nn.AvgPool2d)[rank - 1], torch.randn(3, 4, *SIZES[rank])
+    prove_each({str(options): (layer(**options), x) for options in AVERAGES})
 
 
 def test_average_pool_with_a_divisor_of_its_own():
@@ -157,10 +157,10 @@ def test_average_pool_with_a_divisor_of_its_own():
     prove(nn.AvgPool3d(2, ceil_mode=True), torch.randn(3, 4, 5, 6, 7))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, (None, 2), (5, 1), (9, 8)])
 @pytest.mark.parametrize("layer", [nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d])
-def test_adaptive_pool(layer, size):
-    prove(layer(size), torch.randn(3, 4, 9, 8))
+def test_adaptive_pool(layer):
+    x = torch.randn(3, 4, 9, 8)
+    prove_each({str(size): (layer(size), x) for size in (1, 2, 3, 4, 7, (None, 2), (5, 1), (9, 8))})
 
 
 def test_adaptive_pool_of_other_ranks():

@@ -1,12 +1,13 @@
 """Arithmetic, comparisons and logic: every element type and its promotion, special values, both rounding modes."""
 
+import functools
 import operator
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.export.proof import INF, NAN, integers, op_types, prove
+from tests.export.proof import INF, NAN, in_parts, integers, op_types, prove, prove_each
 
 pytestmark = pytest.mark.ort
 
@@ -32,44 +33,49 @@ def sample(dtype: torch.dtype) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def positive(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.bool else x.abs()
+
+
 @pytest.mark.parametrize(
     "function", [operator.add, operator.mul, torch.maximum, torch.minimum, operator.eq, operator.lt, operator.ge]
 )
-def test_binary_in_every_type(function, dtype):
-    prove(lambda x, y: function(x, y), sample(dtype), sample(dtype))
+def test_binary_in_every_type(function):
+    prove_each({dtype: (function, sample(dtype), sample(dtype)) for dtype in DTYPES})
 
 
-@pytest.mark.parametrize(
-    ("left", "right"),
-    [
-        (torch.int64, torch.float32),
-        (torch.int32, torch.int64),
-        (torch.uint8, torch.int8),
-        (torch.bool, torch.int16),
-        (torch.float16, torch.float32),
-        (torch.bool, torch.float32),
-        (torch.int64, torch.float16),
-        (torch.float32, torch.float64),
-    ],
-)
-@pytest.mark.parametrize("function", [torch.add, torch.mul, torch.div, torch.eq, torch.gt, torch.pow])
-def test_mixed_types_are_promoted(function, left, right):
-    x, y = sample(left), sample(right).abs() if function is torch.pow and right is not torch.bool else sample(right)
-    if function is torch.pow:
-        x = x.abs() if left is not torch.bool else x
-    prove(lambda x, y: function(x, y), x, y)
+MIXED = [
+    (torch.int64, torch.float32),
+    (torch.int32, torch.int64),
+    (torch.uint8, torch.int8),
+    (torch.bool, torch.int16),
+    (torch.float16, torch.float32),
+    (torch.bool, torch.float32),
+    (torch.int64, torch.float16),
+    (torch.float32, torch.float64),
+]
 
 
-@pytest.mark.parametrize(("dtype", "number"), [
-    (torch.int64, 2.5), (torch.int32, 2), (torch.bool, 3), (torch.bool, 1.5), (torch.uint8, -1), (torch.float16, 2),
-    (torch.float32, True), (torch.float64, 3), (torch.int8, 100),
-])  # fmt: skip
+@pytest.mark.parametrize("function", [torch.add, torch.mul, torch.div, torch.eq, torch.gt])
+def test_mixed_types_are_promoted(function):
+    prove_each({types: (function, *map(sample, types)) for types in MIXED})
+
+
+def test_powers_of_mixed_types_are_promoted():
+    prove_each({types: (torch.pow, *(positive(sample(dtype)) for dtype in types)) for types in MIXED})
+
+
 @pytest.mark.parametrize("function", [torch.add, torch.mul, torch.sub, torch.ne, torch.le])
-def test_numbers_are_promoted(function, dtype, number):
-    if function is torch.sub and (dtype is torch.bool or number is True):
-        pytest.skip("PyTorch does not subtract booleans")
-    prove(lambda x: function(x, number), sample(dtype))
+def test_numbers_are_promoted(function):
+    numbers = [(torch.int64, 2.5), (torch.int32, 2), (torch.uint8, -1), (torch.float16, 2), (torch.float64, 3)]
+    numbers.append((torch.int8, 100))
+    if function is not torch.sub:  # PyTorch does not subtract booleans
+        numbers += [(torch.bool, 3), (torch.bool, 1.5), (torch.float32, True)]
+
+    def applied(number):
+        return lambda x: function(x, number)
+
+    prove_each({pair: (applied(pair[1]), sample(pair[0])) for pair in numbers})
 
 
 def test_a_tensor_without_axes_counts_less_than_one_with():
@@ -85,11 +91,12 @@ def test_alpha_scales_the_second_operand():
 
 
 @pytest.mark.parametrize("mode", ["floor", "trunc", None])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.float32, torch.float64])
-def test_division_rounds_as_asked(mode, dtype):
-    x = torch.tensor([7, -7, 7, -7, 6, -6, 1, 0], dtype=dtype)
-    y = torch.tensor([2, 2, -2, -2, 3, 3, -5, 4], dtype=dtype)
-    prove(lambda x, y: torch.div(x, y, rounding_mode=mode), x, y, dynamic=False)
+def test_division_rounds_as_asked(mode):
+    x = torch.tensor([7, -7, 7, -7, 6, -6, 1, 0])
+    y = torch.tensor([2, 2, -2, -2, 3, 3, -5, 4])
+    divide = functools.partial(torch.div, rounding_mode=mode)
+    types = (torch.int64, torch.int32, torch.int8, torch.float32, torch.float64)
+    prove_each({dtype: (divide, x.to(dtype), y.to(dtype)) for dtype in types}, dynamic=False)
 
 
 def test_floor_division_of_fractions_is_exact():
@@ -99,14 +106,13 @@ def test_floor_division_of_fractions_is_exact():
 
 
 @pytest.mark.parametrize("function", [torch.remainder, torch.fmod])
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32])
-def test_remainders_take_the_right_sign(function, dtype):
-    x = torch.tensor([7, -7, 7, -7, 6, 0], dtype=dtype)
-    y = torch.tensor([3, 3, -3, -3, 2, 5], dtype=dtype)
-    prove(lambda x, y: function(x, y), x, y, dynamic=False)
+def test_remainders_take_the_right_sign(function):
+    x, y = torch.tensor([7, -7, 7, -7, 6, 0]), torch.tensor([3, 3, -3, -3, 2, 5])
+    types = (torch.int64, torch.int32, torch.float32)
+    prove_each({dtype: (function, x.to(dtype), y.to(dtype)) for dtype in types}, dynamic=False)
 
 
-UNARY = [
+UNARY = (
     torch.abs,
     torch.neg,
     torch.relu,
@@ -133,18 +139,18 @@ UNARY = [
     torch.frac,
     torch.exp2,
     torch.sinc,
-]
+)
+UNARY_BY_NAME = {function.__name__: function for function in UNARY}
 
 
-@pytest.mark.parametrize("function", UNARY, ids=lambda f: f.__name__)
-def test_unary_keeps_nan_and_infinity(function):
-    x = SPECIAL if function not in (torch.sin, torch.cos, torch.sinc) else SPECIAL.nan_to_num(0.1, 1.0, -1.0)
-    prove(lambda x: function(x), x)
+@pytest.mark.parametrize("names", in_parts(UNARY_BY_NAME), ids="-".join)
+def test_unary_keeps_nan_and_infinity(names):
+    finite = SPECIAL.nan_to_num(0.1, 1.0, -1.0)
+    prove_each({name: (UNARY_BY_NAME[name], finite if name in ("sin", "cos", "sinc") else SPECIAL) for name in names})
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
+def test_unary_of_integers():
+    functions = (
         torch.sigmoid,
         torch.exp,
         torch.sqrt,
@@ -163,10 +169,9 @@ def test_unary_keeps_nan_and_infinity(function):
         torch.floor,
         torch.deg2rad,
         torch.angle,
-    ],
-)
-def test_unary_of_integers(function):
-    prove(lambda x: function(x), integers(3, 4, low=1, high=6))
+    )
+    x = integers(3, 4, low=1, high=6)
+    prove_each({function.__name__: (function, x) for function in functions})
 
 
 def test_log1p_and_expm1_are_accurate_near_zero():
@@ -175,10 +180,13 @@ def test_log1p_and_expm1_are_accurate_near_zero():
     prove(lambda x: torch.expm1(x), tiny, dynamic=False)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (None, 0.5), (-0.5, None), (2.0, 1.0), (-1, 1), (NAN, 1.0)])
-def test_clamp(low, high):
-    # Beside x itself, for with a NaN bound every element is NaN, and that alone would prove nothing.
-    prove(lambda x: torch.stack([torch.clamp(x, low, high), x], -1), SPECIAL)
+def test_clamp():
+    def clamped(low, high):
+        # Beside x itself, for with a NaN bound every element is NaN, and that alone would prove nothing.
+        return lambda x: torch.stack([torch.clamp(x, low, high), x], -1)
+
+    bounds = [(0.0, 1.0), (None, 0.5), (-0.5, None), (2.0, 1.0), (-1, 1), (NAN, 1.0)]
+    prove_each({pair: (clamped(*pair), SPECIAL) for pair in bounds})
 
 
 def test_clamp_promotes_and_takes_tensors():
@@ -188,9 +196,9 @@ def test_clamp_promotes_and_takes_tensors():
     prove(lambda x, lo: x.clamp_min(lo), torch.randn(3, 4), torch.randn(3, 4))
 
 
-@pytest.mark.parametrize("exponent", [2, 3, 0.5, -0.5, -1, 1, 0, 2.5, -2.0])
-def test_powers(exponent):
-    prove(lambda x: x**exponent, torch.rand(3, 4) + 0.1)
+def test_powers():
+    x, exponents = torch.rand(3, 4) + 0.1, (2, 3, 0.5, -0.5, -1, 1, 0, 2.5, -2.0)
+    prove_each({exponent: (functools.partial(torch.pow, exponent=exponent), x) for exponent in exponents})
 
 
 def test_powers_of_numbers_and_integers():
@@ -199,10 +207,10 @@ def test_powers_of_numbers_and_integers():
     prove(lambda x, y: x**y, integers(3, 4, low=1), integers(3, 4, low=0, high=4))
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8, torch.int8])
 @pytest.mark.parametrize("function", [torch.bitwise_and, torch.bitwise_or, torch.bitwise_xor])
-def test_bitwise(function, dtype):
-    prove(lambda x, y: function(x, y), sample(dtype), sample(dtype))
+def test_bitwise(function):
+    types = (torch.bool, torch.int64, torch.uint8, torch.int8)
+    prove_each({dtype: (function, sample(dtype), sample(dtype)) for dtype in types})
 
 
 @pytest.mark.parametrize("function", [torch.logical_and, torch.logical_or, torch.logical_xor])
@@ -210,9 +218,9 @@ def test_logic_of_numbers(function):
     prove(lambda x, y: function(x, y), integers(3, 4, low=0, high=2), torch.randn(3, 4).relu())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_where_in_every_type(dtype):
-    prove(lambda c, x, y: torch.where(c, x, y), sample(torch.bool), sample(dtype), sample(dtype))
+def test_where_in_every_type():
+    condition = sample(torch.bool)
+    prove_each({dtype: (torch.where, condition, sample(dtype), sample(dtype)) for dtype in DTYPES})
 
 
 def test_where_promotes_and_takes_numbers():
@@ -221,30 +229,27 @@ def test_where_promotes_and_takes_numbers():
     prove(lambda c, x: torch.where(c, 1, x), sample(torch.bool), sample(torch.float32))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool, torch.int8])
-def test_masked_fill(dtype):
-    prove(lambda x, m: x.masked_fill(m, 1), sample(dtype), sample(torch.bool))
+def test_masked_fill():
+    types, mask = (torch.float32, torch.int64, torch.bool, torch.int8), sample(torch.bool)
+    prove_each({dtype: (lambda x, m: x.masked_fill(m, 1), sample(dtype), mask) for dtype in types})
 
 
-@pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize(
     "target", [torch.float32, torch.float16, torch.int64, torch.int32, torch.bool, torch.uint8], ids=str
 )
-def test_casts(source, target):
-    x = sample(source)
-    if target is torch.uint8 and source is not torch.bool:
-        x = x.abs()  # negative numbers to unsigned ones are undefined
-    prove(lambda x: x.to(target), x)
+def test_casts(target):
+    drawn = {source: sample(source) for source in DTYPES}
+    if target is torch.uint8:  # negative numbers to unsigned ones are undefined
+        drawn = {source: positive(x) for source, x in drawn.items()}
+    prove_each({source: (lambda x: x.to(target), x) for source, x in drawn.items()})
 
 
-@pytest.mark.parametrize(
-    "function", [torch.atan2, torch.hypot, torch.copysign, torch.fmax, torch.fmin, torch.logaddexp, torch.xlogy]
-)
-def test_functions_of_two_numbers(function):
-    x = torch.randn(3, 4).abs() if function is torch.xlogy else torch.randn(3, 4)
-    y = torch.rand(3, 4) + 0.1 if function is torch.xlogy else torch.randn(3, 4)
+def test_functions_of_two_numbers():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
     x[0, 0] = 0.0
-    prove(lambda x, y: function(x, y), x, y)
+    functions = (torch.atan2, torch.hypot, torch.copysign, torch.fmax, torch.fmin, torch.logaddexp)
+    cases = {function.__name__: (function, x, y) for function in functions}
+    prove_each(cases | {"xlogy": (torch.xlogy, x.abs(), torch.rand(3, 4) + 0.1)})
 
 
 def test_atan2_covers_all_quadrants():

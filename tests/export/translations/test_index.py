@@ -1,10 +1,12 @@
 """Indexing with tensors in all its forms, gather, scatter, and embeddings."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.export.proof import integers, op_types, prove
+from tests.export.proof import in_parts, integers, op_types, prove, prove_each
 
 pytestmark = pytest.mark.ort
 
@@ -62,34 +64,32 @@ WRITING = {
 }
 
 
-@pytest.mark.parametrize("name", INDEXING)
-def test_indexing(name):
-    prove(lambda x: INDEXING[name](x), X)
+@pytest.mark.parametrize("names", in_parts(INDEXING), ids="-".join)
+def test_indexing(names):
+    prove_each({name: (INDEXING[name], X) for name in names})
 
 
-@pytest.mark.parametrize("name", WRITING)
-def test_writing(name):
-    prove(lambda x: WRITING[name](x), X)
+@pytest.mark.parametrize("names", in_parts(WRITING), ids="-".join)
+def test_writing(names):
+    prove_each({name: (WRITING[name], X) for name in names})
 
 
-@pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "amin", "mean"])
 @pytest.mark.parametrize("include_self", [True, False])
-def test_scatter_reduce(reduce, include_self):
-    index = torch.tensor([0, 0, 2, 1])
-    prove(
-        lambda x: x.scatter_reduce(
-            1, index[None, :, None].expand(x.shape[0], 4, 5), x * 2, reduce, include_self=include_self
-        ),
-        X,
-    )
+def test_scatter_reduce(include_self):
+    index = torch.tensor([0, 0, 2, 1])[None, :, None]
+
+    def reduced(x, reduce):
+        return x.scatter_reduce(1, index.expand(x.shape[0], 4, 5), x * 2, reduce, include_self=include_self)
+
+    reductions = ("sum", "prod", "amax", "amin", "mean")
+    prove_each({reduce: (functools.partial(reduced, reduce=reduce), X) for reduce in reductions})
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.int8])
 def test_indexing_of_other_types(dtype):
     x = integers(3, 4, 5, low=0, high=2).to(dtype)
-    for name in ("two", "mask", "mask_rows", "gather", "with_range"):
-        prove(lambda x, name=name: INDEXING[name](x), x)
-    prove(lambda x: aten.index_put(x, [None, I, J], torch.zeros(3, dtype=x.dtype)), x)
+    cases = {name: (INDEXING[name], x) for name in ("two", "mask", "mask_rows", "gather", "with_range")}
+    prove_each(cases | {"put": (lambda x: aten.index_put(x, [None, I, J], torch.zeros(3, dtype=x.dtype)), x)})
 
 
 def test_index_of_one_axis_is_one_gather():

@@ -90,7 +90,7 @@ def test_group_norm(rank, options):
 @pytest.mark.parametrize(("layer", "shape"), [
     (nn.GroupNorm(1, 16), (1, 16, 300, 300)),
     (nn.GroupNorm(2, 16), (1, 16, 90000)),
-    (nn.InstanceNorm2d(2, affine=True), (1, 2, 1200, 1200)),
+    pytest.param(nn.InstanceNorm2d(2, affine=True), (1, 2, 1200, 1200), marks=pytest.mark.slow),
     (nn.LayerNorm([16, 300, 300]), (1, 16, 300, 300)),
 ], ids=["group", "group in 1d", "instance", "layer"])  # fmt: skip
 def test_statistics_of_a_million_numbers_keep_their_digits(layer, shape):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.export.proof import integers, prove
+from tests.export.proof import in_parts, integers, prove, prove_each
 
 pytestmark = pytest.mark.ort
 
@@ -85,33 +85,32 @@ EXACT_TYPES = [
 ]
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_reduction(name):
-    prove(lambda x: CASES[name](x), X)
+@pytest.mark.parametrize("names", in_parts(CASES), ids="-".join)
+def test_reduction(names):
+    prove_each({name: (CASES[name], X) for name in names})
 
 
-@pytest.mark.parametrize("name", EXACT_TYPES)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8])
-def test_reduction_of_integers(name, dtype):
+def test_reduction_of_integers(dtype):
     distinct = torch.randperm(60).view(3, 4, 5)  # ties may be broken either way
-    prove(lambda x: CASES[name](x), (distinct % 7 if name == "prod" else distinct).to(dtype))
+    small, distinct = (distinct % 7).to(dtype), distinct.to(dtype)
+    prove_each({name: (CASES[name], small if name == "prod" else distinct) for name in EXACT_TYPES})
 
 
-@pytest.mark.parametrize("name", ["sum", "sum_dim", "any_of_numbers", "count_nonzero", "cumsum", "amax"])
-def test_reduction_of_booleans(name):
-    prove(lambda x: CASES[name](x), X > 0)
+def test_reduction_of_booleans():
+    names, x = ("sum", "sum_dim", "any_of_numbers", "count_nonzero", "cumsum", "amax"), X > 0
+    prove_each({name: (CASES[name], x) for name in names})
 
 
-@pytest.mark.parametrize("name", ["mean_dims", "amax", "var", "norm", "max_dim", "any"])
-def test_reduction_before_opset_20(name):
-    prove(lambda x: CASES[name](x), X, opset=18)
+def test_reduction_before_opset_20():
+    names = ("mean_dims", "amax", "var", "norm", "max_dim", "any")
+    prove_each({name: (CASES[name], X) for name in names}, opset=18)
 
 
-@pytest.mark.parametrize(
-    "function", [torch.sum, torch.mean, torch.amax, torch.max, torch.argmax, torch.prod, torch.any]
-)
-def test_reduction_of_a_tensor_without_axes(function):
-    prove(lambda x: function(x), torch.tensor(2.5))
+def test_reduction_of_a_tensor_without_axes():
+    functions = (torch.sum, torch.mean, torch.amax, torch.max, torch.argmax, torch.prod, torch.any)
+    x = torch.tensor(2.5)
+    prove_each({function.__name__: (function, x) for function in functions})
 
 
 @pytest.mark.parametrize("function", [

@@ -1,5 +1,6 @@
 """Resampling, by size and by factor, up and down, all modes."""
 
+import functools
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fxopt.export import optimized_model
-from tests.export.proof import prove
+from tests.export.proof import prove, prove_each
 
 pytestmark = pytest.mark.ort
 
@@ -16,13 +17,19 @@ LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
-@pytest.mark.parametrize("size", [{"scale_factor": 2}, {"size": 9}, {"size": 3}])
-@pytest.mark.parametrize("mode", ["nearest", "nearest-exact", "linear", "aligned"])
-def test_interpolate(mode, size, rank):
-    options = {"mode": LINEAR[rank] if mode in ("linear", "aligned") else mode}
-    if mode in ("linear", "aligned"):
-        options["align_corners"] = mode == "aligned"
-    prove(lambda x: F.interpolate(x, **size, **options), torch.randn(SHAPES[rank]))
+def test_interpolate(rank):
+    linear, x = LINEAR[rank], torch.randn(SHAPES[rank])
+    kinds = {
+        "nearest": {"mode": "nearest"},
+        "nearest-exact": {"mode": "nearest-exact"},
+        "linear": {"mode": linear, "align_corners": False},
+        "aligned": {"mode": linear, "align_corners": True},
+    }
+    sizes = ({"scale_factor": 2}, {"size": 9}, {"size": 3})
+    every = itertools.product(kinds.items(), sizes)
+    prove_each(
+        {f"{name} {size}": (functools.partial(F.interpolate, **size, **kind), x) for (name, kind), size in every}
+    )
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

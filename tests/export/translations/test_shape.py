@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.export.proof import integers, op_types, prove
+from tests.export.proof import in_parts, integers, op_types, prove, prove_each
 
 pytestmark = pytest.mark.ort
 
@@ -98,18 +98,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_view(name):
-    prove(lambda x: CASES[name](x), X)
+OF_ALL_TYPES = ("view_merge_dynamic", "flatten", "unbind", "cat_negative", "pad", "roll", "select_last", "expand")
 
 
-@pytest.mark.parametrize(
-    "name", ["view_merge_dynamic", "flatten", "unbind", "cat_negative", "pad", "roll", "select_last", "expand"]
-)
-def test_view_of_other_types(name):
-    prove(lambda x: CASES[name](x), integers(3, 4, 6))
-    prove(lambda x: CASES[name](x), X > 0)
-    prove(lambda x: CASES[name](x), X.half())
+@pytest.mark.parametrize("names", in_parts(CASES), ids="-".join)
+def test_view(names):
+    prove_each({name: (CASES[name], X) for name in names})
+
+
+@pytest.mark.parametrize("x", [integers(3, 4, 6), X > 0, X.half()], ids=lambda x: str(x.dtype))
+def test_view_of_other_types(x):
+    prove_each({name: (CASES[name], x) for name in OF_ALL_TYPES})
 
 
 def test_pixel_shuffle_both_ways():

@@ -22,7 +22,7 @@ def captured(name: str) -> fxopt.CapturedModule:
 
 
 @pytest.mark.parametrize("name", ["textbook", "if else", "helper function", "three submodules", "mixture of experts"])
-@pytest.mark.parametrize("variants", [2, 4, 8])
+@pytest.mark.parametrize("variants", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_every_way_stays_what_it_was(name: str, variants: int) -> None:
     gm = captured(name)
     result = check_pass(Dispatch(variants), gm)

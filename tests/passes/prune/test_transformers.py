@@ -21,8 +21,7 @@ VOCABULARY, WIDTH = 40, 32
 
 
 QUICK = {
-    ("bert", "heads"), ("gpt2", "longest"), ("llama", "longest"), ("t5_encoder", "heads"), ("vit", "longest"),
-    ("swin v1", "heads"), ("convnext", "longest"),
+    ("bert", "heads"), ("llama", "longest"), ("swin v1", "heads"), ("convnext", "longest"),
 }  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def test_layers_that_make_noise_but_do_not_matter_to_the_metric_get_integers():
     assert sum(note.startswith("try ") for note in told) <= 12
 
 
-@pytest.mark.parametrize("harmful", [{17}, {3, 11}])
+@pytest.mark.parametrize("harmful", [pytest.param({17}, marks=pytest.mark.slow), {3, 11}])
 def test_of_many_layers_a_metric_of_no_relation_to_noise_keeps_few_in_float(harmful):
     torch.manual_seed(0)
     gm = fxopt.capture(nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(24))).eval(), (IMAGES,))
