@@ -98,11 +98,12 @@ def _traced_with_sizes(model: torch.nn.Module, sample: Sample, shapes: dict[str,
         try:
             return _traced(model, sample, shapes)
         except CaptureError as error:
-            left = str(error.__cause__)
-        if shapes is not None and guards_always_hold(left, shapes, bind_arguments(model.forward, sample)):
+            left = error
+        guards = str(left.__cause__)
+        if shapes is not None and guards_always_hold(guards, shapes, bind_arguments(model.forward, sample)):
             with contextlib.suppress(CaptureError):
                 return _traced(model, sample, shapes, checked=True)
-    raise first
+    raise first if _refusal_of_sizes(left) is None else left
 
 
 def _traced(model: torch.nn.Module, sample: Sample, shapes: dict[str, Any] | None, *, checked: bool = False) -> Trace:

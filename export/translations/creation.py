@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxopt.creation_ops import LINSPACE
 from fxopt.export.dtypes import onnx_dtype
 from fxopt.export.emitter import Emitter, Number, Value
 from fxopt.export.registry import NotTranslated, translates
@@ -80,6 +81,18 @@ def linspace(emit: Emitter, start: Number, end: Number, steps: Size, *_: Any) ->
     if not is_static([steps]) or not all(isinstance(number, int | float) for number in (start, end)):
         raise NotTranslated("the number of steps is dynamic")
     return emit.constant(torch.linspace(start, end, int(steps), dtype=out_dtype(emit)))
+
+
+@translates(LINSPACE)
+def linspace_of_any_length(emit: Emitter, start: Number, end: Number, steps: Size, *_: Any) -> Value:
+    def number(value: Number) -> Value:
+        return emit.number(value, torch.float64)
+
+    count = emit("Range", emit.number(0, torch.int64), emit.number(steps, torch.int64), emit.number(1, torch.int64))
+    gaps = emit("Max", emit("Sub", number(steps), number(1)), number(1))  # one number alone is the first
+    step = emit("Div", emit("Sub", number(end), number(start)), gaps)
+    spaced = emit("Add", emit("Mul", emit.cast(count, torch.float64), step), number(start))
+    return emit.cast(spaced, out_dtype(emit))
 
 
 @translates(aten.eye.default, aten.eye.m)

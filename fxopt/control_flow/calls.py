@@ -63,10 +63,15 @@ def _operands(args: tuple[Any, ...]) -> Iterator[Any]:
             yield from value
 
 
+_SYMBOLIC: dict[type, Callable[[Any], Any]] = {int: torch.sym_int, float: torch.sym_float}
+
+
 def _kind(kind: type) -> Callable[..., Any]:
     def convert(at: Where, value: Any, *rest: Any) -> Any:
         if kind is bool and isinstance(value, torch.Tensor | torch.SymBool):
             return TracedNumber(truth(value, at))
+        if kind in _SYMBOLIC and isinstance(value, torch.SymInt | torch.SymFloat) and not rest:
+            return _SYMBOLIC[kind](value)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) or rest:
             return kind(value, *rest)
         return as_number(value).as_kind(kind)

@@ -1,4 +1,4 @@
-"""Python's len, max, min and math.sqrt of dynamic sizes: the graph keeps the size, and Python keeps its functions."""
+"""Python's len, max, int, math.sqrt and others of dynamic sizes: the graph keeps the size, Python its functions."""
 
 from __future__ import annotations
 
@@ -8,11 +8,52 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fxopt
 from fxopt.export import to_onnx
 from fxopt.size_builtins import symbolic_sizes
+
+
+def with_zeros_behind(x: Tensor) -> Tensor:
+    return F.pad(x.t(), (0, int(x.shape[0] * 0.5)))
+
+
+def as_long_as(x: Tensor) -> Tensor:
+    return torch.zeros(int(len(x) * 1.5), 3) + x.sum()
+
+
+def resized(x: Tensor) -> Tensor:
+    return F.interpolate(x.t()[None], size=int(x.shape[0] * 0.7) + 1)
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.topk(max(1, int(x.shape[0] * 0.25)), 0).values
+
+
+def in_rows_of_three(x: Tensor) -> Tensor:
+    rows = int(math.ceil(x.shape[0] / 3))  # noqa: RUF046  (what people write who came from Python 2)
+    return F.pad(x.t(), (0, 3 * rows - x.shape[0])).reshape(3, rows, 3)
+
+
+def divided(x: Tensor) -> Tensor:
+    return x / float(x.shape[0]) + float(x.shape[0] * 0.5)
+
+
+def in_logarithms(x: Tensor) -> Tensor:
+    return x * math.log(x.shape[0]) + math.exp(-len(x)) + math.log2(x.shape[0])
+
+
+def in_a_loop(x: Tensor) -> Tensor:
+    return torch.stack([x * float(i) / float(x.shape[0]) for i in range(3)])
+
+
+def on_a_line(x: Tensor) -> Tensor:
+    rows, line = x.shape[0], torch.linspace(-1, 1, x.shape[0])
+    middles = torch.linspace(0.5, rows - 0.5, rows, dtype=torch.float64, device=x.device) / rows
+    return x * line[:, None] + middles[:, None] + torch.linspace(2, 3.5, steps=2 * rows).sum()
+
 
 WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "len": lambda x: x * len(x),
@@ -24,6 +65,20 @@ WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrt": lambda x: x / math.sqrt(x.shape[0]),
     "sqrt of a product": lambda x: x / math.sqrt(len(x) * x.shape[1]),
     "counted": lambda x: torch.zeros(len(x.t())).index_add(0, torch.arange(len(x)) % 3, x.sum(1)),
+    **{
+        function.__name__: function
+        for function in (
+            with_zeros_behind,
+            as_long_as,
+            resized,
+            largest,
+            in_rows_of_three,
+            divided,
+            in_logarithms,
+            in_a_loop,
+            on_a_line,
+        )
+    },
 }
 
 

@@ -31,6 +31,7 @@ NUMBERS: dict[str, Callable[[Tensor, Any], Tensor]] = {
     "integers": lambda y, n: (y > 0).sum(1) * n - n,
     "leaky_relu": lambda y, n: F.leaky_relu(y, 1 / n),
     "lerp": lambda y, n: torch.lerp(y, y.flip(0), 1 / n),
+    "linspace": lambda y, n: y * torch.linspace(-1, 1, n) + torch.linspace(0.5, n - 0.5, n)[:, None] / n,
     "masked_fill": lambda y, n: y.masked_fill(y > 0, n),
     "mish": lambda y, n: y * torch.tanh(F.softplus(y, 1, n)),
     "mul": lambda y, n: y * n,
