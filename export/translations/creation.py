@@ -51,14 +51,18 @@ def _range(emit: Emitter, start: Number, end: Number, step: Number) -> Value:
         and all(isinstance(number, int | float) for number in (start, end, step))
     ):
         return emit.constant(torch.arange(start, end, step, dtype=dtype))
-    if dtype.is_floating_point:
-        count = emit(
-            "Range", emit.number(0, torch.int64), emit.number(length, torch.int64), emit.number(1, torch.int64)
-        )
-        scaled = emit.cast(count, dtype)
-        scaled = scaled if step == 1 else emit("Mul", scaled, step)
-        return scaled if start == 0 else emit("Add", scaled, start)
-    return emit("Range", emit.number(start, dtype), emit.number(end, dtype), emit.number(step, dtype))
+    # ORT makes a Slice of a Gather whose indices are a Range, also where that falls or starts below 0: other elements.
+    rises = isinstance(start, int) and start >= 0 and isinstance(step, int) and step > 0
+    if rises and not dtype.is_floating_point:
+        return emit("Range", emit.number(start, dtype), emit.number(end, dtype), emit.number(step, dtype))
+    counted = emit.cast(_count(emit, length), dtype)
+    scaled = counted if step == 1 else emit("Mul", counted, emit.number(step, dtype))
+    return scaled if start == 0 else emit("Add", scaled, emit.number(start, dtype))
+
+
+def _count(emit: Emitter, length: Size) -> Value:
+    """Return int64[length]: 0, 1, 2, and so on."""
+    return emit("Range", emit.number(0, torch.int64), emit.number(length, torch.int64), emit.number(1, torch.int64))
 
 
 @translates(aten.arange.default)
@@ -76,22 +80,19 @@ def arange_step(emit: Emitter, start: Number, end: Number, step: Number, *_: Any
     return _range(emit, start, end, step)
 
 
-@translates(aten.linspace.default)
+@translates(aten.linspace.default, LINSPACE)
 def linspace(emit: Emitter, start: Number, end: Number, steps: Size, *_: Any) -> Value:
-    if not is_static([steps]) or not all(isinstance(number, int | float) for number in (start, end)):
-        raise NotTranslated("the number of steps is dynamic")
-    return emit.constant(torch.linspace(start, end, int(steps), dtype=out_dtype(emit)))
+    if is_static([steps]) and all(isinstance(number, int | float) for number in (start, end)):
+        return emit.constant(torch.linspace(start, end, int(steps), dtype=out_dtype(emit)))
+    if not out_dtype(emit).is_floating_point:
+        raise NotTranslated("integers between sizes")
 
-
-@translates(LINSPACE)
-def linspace_of_any_length(emit: Emitter, start: Number, end: Number, steps: Size, *_: Any) -> Value:
     def number(value: Number) -> Value:
         return emit.number(value, torch.float64)
 
-    count = emit("Range", emit.number(0, torch.int64), emit.number(steps, torch.int64), emit.number(1, torch.int64))
     gaps = emit("Max", emit("Sub", number(steps), number(1)), number(1))  # one number alone is the first
     step = emit("Div", emit("Sub", number(end), number(start)), gaps)
-    spaced = emit("Add", emit("Mul", emit.cast(count, torch.float64), step), number(start))
+    spaced = emit("Add", emit("Mul", emit.cast(_count(emit, steps), torch.float64), step), number(start))
     return emit.cast(spaced, out_dtype(emit))
 
 

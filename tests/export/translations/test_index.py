@@ -26,6 +26,8 @@ INDEXING = {
     "not_adjacent": lambda x: x[ZEROS, :, J],
     "broadcast": lambda x: x[:, PAIR[:, :1], PAIR],
     "with_range": lambda x: x[torch.arange(x.shape[0]), 1],
+    "backwards": lambda x: x[torch.arange(x.shape[0] - 1, -1, -1)],
+    "from_the_last": lambda x: x[torch.arange(-1, x.shape[0] - 1)],
     "rows_and_columns": lambda x: x[torch.arange(x.shape[0])[:, None], I[None] % 4],
     "all_axes": lambda x: x[ZEROS, I, J],
     "mask": lambda x: x[x > 0],
