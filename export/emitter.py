@@ -8,7 +8,6 @@ node where it comes from.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -28,6 +27,7 @@ from fxopt.export.dtypes import (
     torch_dtype,
 )
 from fxopt.export.origins import WRITTEN_FOR
+from fxopt.export.scope import Scope
 from fxopt.export.sizes import Size, SizeEmitter
 
 __all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "is_symbolic", "rank", "tensor_of"]
@@ -37,23 +37,6 @@ Number: TypeAlias = bool | int | float | sympy.Basic
 Operand = Value | Number | Sequence[int] | None
 
 _NAMED_CONSTANT = 8  # constants of at most so many elements are named by what they hold
-
-
-@dataclasses.dataclass
-class Scope:
-    """The nodes of one ONNX graph under construction, the main one or the body of a control-flow node."""
-
-    parent: Scope | None = None
-    nodes: list[ir.Node] = dataclasses.field(default_factory=list)
-    computed: dict[Any, Value] = dataclasses.field(default_factory=dict)
-    sources: dict[sympy.Symbol, tuple[Value, int | None]] = dataclasses.field(default_factory=dict)
-
-    def chain(self) -> Iterator[Scope]:
-        """Yield this scope and those around it, the innermost first."""
-        scope: Scope | None = self
-        while scope is not None:
-            yield scope
-            scope = scope.parent
 
 
 class Emitter:

@@ -42,12 +42,10 @@ def translate(emit: Emitter, target: OpOverload, arguments: Sequence[Any]) -> An
     function = _function(target)
     if function is None:
         raise NotTranslated("torchlib has no function for it")
-    mark = len(emit.scope.nodes)
     try:
         with _recording(emit):
             result = _body(function)(**_adapted(emit, target, function.op_signature, arguments))
     except Exception as error:  # torchlib is third-party code: whatever it raises means that it cannot do it
-        del emit.scope.nodes[mark:]
         raise NotTranslated(f"torchlib: {type(error).__name__}: {error}") from error
     return _typed(emit, result)
 

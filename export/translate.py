@@ -219,7 +219,8 @@ class _Translator:
         reasons: list[str] = []
         for attempt in self._attempts(node):
             try:
-                return attempt(node, env)
+                with self.emit.scope.attempt():
+                    return attempt(node, env)
             except NotTranslated as reason:
                 reasons.append(str(reason))
             except Refused as reason:
