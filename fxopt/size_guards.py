@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from fxopt.dimensions import dynamic_axes
@@ -24,6 +26,14 @@ _GUARD = re.compile(
     re.MULTILINE,
 )
 _PROBLEM = re.compile(r"^\s+- ", re.MULTILINE)
+_OF_MANY: dict[Any, Any] = {
+    torch.sym_not: np.logical_not,
+    torch.sym_max: np.maximum,
+    torch.sym_min: np.minimum,
+    torch.sym_float: np.float64,
+    torch.sym_int: lambda number: np.trunc(number).astype(np.int64),
+    math.trunc: lambda number: np.trunc(number).astype(np.int64),
+}  # of arrays
 _SYMBOLIC = types.SimpleNamespace(sym_max=max, sym_min=min, sym_float=float, _sym_sqrt=math.sqrt)
 
 
@@ -64,7 +74,7 @@ def guards_always_hold(text: str, shapes: Any, arguments: Mapping[str, Any]) -> 
 def checks_always_hold(program: torch.export.ExportedProgram) -> bool:
     """Return whether the assertions on sizes that torch left in a program, having proved none, hold for all sizes.
 
-    An assertion may speak of one dynamic size of the inputs, at any place, and of nothing else.
+    An assertion may speak of one dynamic size of the inputs or of two, at any place, and of nothing else.
     """
     inner = [module for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     checks = {module: [node for node in module.graph.nodes if node.target is _ASSERT] for module in inner}
@@ -87,25 +97,44 @@ def _holds_in(program: torch.export.ExportedProgram, check: torch.fx.Node) -> bo
         steps[node] = None
         waiting += [] if node.target is _SIZE else node.all_input_nodes
     sizes = [node for node in steps if node.target is _SIZE]
-    symbols = {node.meta["val"].node.expr for node in sizes if isinstance(node.meta.get("val"), torch.SymInt)}
     computed = [node for node in program.graph.nodes if node in steps and node.target is not _SIZE]
-    if len(symbols) != 1 or any(node.op != "call_function" for node in computed):
+    if any(node.op != "call_function" for node in computed):
         return False
-    (symbol,) = symbols
+    if not all(isinstance(node.meta.get("val"), torch.SymInt) for node in sizes):
+        return False
+    symbols = {node: node.meta["val"].node.expr for node in sizes}
+    ranges = {symbol: _range(program, symbol) for symbol in dict.fromkeys(symbols.values())}
+    if not 1 <= len(ranges) <= 2 or None in ranges.values():
+        return False
+    *first, last = ranges
+    tried = itertools.product(*(ranges[symbol] or () for symbol in first))
+    every = np.array(ranges[last])
+    try:
+        with np.errstate(all="raise"):
+            known = ({**dict(zip(first, values, strict=True)), last: every} for values in tried)
+            return all(_value(check, {node: at[symbols[node]] for node in sizes}, computed) for at in known)
+    except (ArithmeticError, TypeError, ValueError):  # not defined for some size, or not for many at once
+        return False
+
+
+def _range(program: torch.export.ExportedProgram, symbol: Any) -> range | None:
+    """Return the sizes to try, or None where torch knows no limits."""
     limits = program.range_constraints.get(symbol)
-    if limits is None or not all(isinstance(node.meta.get("val"), torch.SymInt) for node in sizes):
-        return False
+    if limits is None:
+        return None
     last = min(int(limits.upper), LARGEST) if limits.upper.is_Integer else LARGEST
-    return all(_value(check, sizes, computed, size) for size in range(max(int(limits.lower), 1), last + 1))
+    return range(max(int(limits.lower), 1), last + 1)
 
 
-def _value(check: torch.fx.Node, sizes: Sequence[torch.fx.Node], computed: Sequence[torch.fx.Node], size: int) -> bool:
-    """Return whether an assertion holds for one size, computed by Python as the program would."""
-    known: dict[torch.fx.Node, Any] = dict.fromkeys(sizes, size)
+def _value(check: torch.fx.Node, sizes: Mapping[torch.fx.Node, Any], computed: Sequence[torch.fx.Node]) -> bool:
+    """Return whether an assertion holds for all of some sizes, computed as the program would."""
+    known: dict[torch.fx.Node, Any] = dict(sizes)
     for node in computed:
         args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]  # call_function nodes have a callable target
-    return bool(torch.fx.map_arg(check.args[0], known.__getitem__))
+        target: Any = node.target
+        known[node] = _OF_MANY.get(target, target)(*args, **kwargs)
+    holds: Any = torch.fx.map_arg(check.args[0], known.__getitem__)
+    return bool(np.all(holds))
 
 
 def example_sizes(shapes: Any, arguments: Mapping[str, Any]) -> dict[str, tuple[int, Any]]:

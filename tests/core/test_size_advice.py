@@ -15,6 +15,7 @@ from torch.export import Dim
 import fxopt
 from fxopt.export import to_onnx
 from fxopt.size_advice import sizes_that_work
+from fxopt.size_guards import checks_always_hold
 
 
 class ReadsColumns(nn.Module):
@@ -44,6 +45,11 @@ class DownAndUp(nn.Module):
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     return x + y
+
+
+def halves_swapped(x: Tensor) -> Tensor:
+    half = x.shape[1] // 2
+    return torch.cat([x[:, half:], x[:, :half]], 1)
 
 
 def middle(x: Tensor) -> Tensor:
@@ -130,6 +136,14 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...], Any, str, Any, li
         "in dynamic_shapes, '3<=width' in place of 'width'",
         {"x": {0: "batch", 1: "3<=width"}},
         [((1, 3),), ((5, 9),), ((2, 40),)],
+    ),
+    "of two sizes together": (
+        halves_swapped,
+        (ROWS,),
+        {"x": {0: "batch", 1: "width"}},
+        "in dynamic_shapes, '4<=width' in place of 'width'",
+        {"x": {0: "batch", 1: "4<=width"}},
+        [((1, 4),), ((5, 9),), ((2, 41),)],
     ),
     "two that are equal": (
         add,
@@ -256,3 +270,30 @@ def test_what_torch_cannot_prove_is_tried_for_all_sizes(function: Callable[[Tens
 def test_guards_that_do_not_hold_for_all_sizes_stay(function: Callable[[Tensor], Tensor], asked: str) -> None:
     with pytest.raises(fxopt.CaptureError, match="fixes a size"):
         fxopt.capture(function, (ROWS,), dynamic_shapes=({0: "batch", 1: asked},))
+
+
+@pytest.mark.parametrize(
+    ("holds", "always"),
+    [
+        (lambda a, b: a * b != 35, False),
+        (lambda a, b: a * b != 4095 * 4094, False),
+        (lambda a, b: (a + b) // 2 <= a * b, True),
+        (lambda a, b: a // (b - 3) < 9999, False),  # not defined for b = 3
+        (lambda a, b: a * (b - b // 2) >= 2, True),
+    ],
+)
+def test_an_assertion_of_two_sizes_is_computed_for_all_pairs(holds: Callable[[int, int], bool], always: bool) -> None:
+    class Asserts(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._check(holds(x.shape[0], x.shape[1]))
+            return x * 2
+
+    program = torch.export.export(
+        Asserts(),
+        (ROWS,),
+        dynamic_shapes=({0: Dim("a", min=2), 1: Dim("b", min=2)},),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    assert any(node.target is torch.ops.aten._assert_scalar.default for node in program.graph.nodes)
+    assert checks_always_hold(program) is always
