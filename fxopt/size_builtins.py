@@ -10,15 +10,12 @@ import builtins
 import contextlib
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from fxopt.control_flow import Undecided
-from fxopt.control_flow.questions import is_traced
-from fxopt.control_flow.source import is_library
+from fxopt.control_flow.questions import asking
 from fxopt.creation_ops import LINSPACE
 
 __all__ = ["symbolic_sizes"]
@@ -40,10 +37,9 @@ def symbolic_sizes() -> Iterator[None]:
         (builtins, "min"): _extreme(_MIN, torch.sym_min),
         (math, "sqrt"): _root,
         (torch, "linspace"): _spaced,
-        (torch.SymFloat, "__int__"): _asked(torch.SymFloat.__int__),
-        (torch.SymFloat, "__float__"): _asked(torch.SymFloat.__float__),
-        (torch.SymInt, "__int__"): _asked(torch.SymInt.__int__),
     }
+    for method in ((torch.SymFloat, "__int__"), (torch.SymFloat, "__float__"), (torch.SymInt, "__int__")):
+        replaced[method] = asking(getattr(*method), "a dynamic size as a plain number")
     before = {place: getattr(*place) for place in replaced}
     for place, function in replaced.items():
         setattr(*place, function)
@@ -52,16 +48,6 @@ def symbolic_sizes() -> Iterator[None]:
     finally:
         for place, function in before.items():
             setattr(*place, function)
-
-
-def _asked(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(answer)
-    def number(size: Any) -> Any:
-        if is_traced(size) and not is_library(sys._getframe(1).f_code):
-            raise Undecided("a dynamic size as a plain number")
-        return answer(size)
-
-    return number
 
 
 def _length(held: Any, /) -> Any:

@@ -19,7 +19,7 @@ from fxopt.control_flow.heap import Heap
 from fxopt.control_flow.identity import may_hand_back, twins
 from fxopt.control_flow.indexing import get_item, holds_number, set_item
 from fxopt.control_flow.jumps import Unsupported
-from fxopt.control_flow.questions import is_known, is_traced
+from fxopt.control_flow.questions import asking, is_known
 from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number
 from fxopt.control_flow.session import Raised, Session, refusal, running
 from fxopt.control_flow.source import NoSource, asking_frame, definition, functions_of, is_library
@@ -152,22 +152,9 @@ def _values_asked() -> Iterator[None]:
     kept: dict[Any, Any] = {cls: cls.__bool__ for cls in (torch.SymBool, torch.SymInt)}
     index = torch.SymInt.__index__
 
-    def index_of(self: Any) -> int:
-        if is_traced(self) and not is_library(sys._getframe(1).f_code):
-            raise Undecided("a dynamic size as a plain int")
-        return int(index(self))
-
-    def truth_of(cls: Any) -> Callable[[Any], bool]:
-        def asked(self: Any) -> bool:
-            if is_traced(self) and not is_library(sys._getframe(1).f_code) and not is_known(self):
-                raise Undecided("the truth of a condition on a dynamic size")
-            return bool(kept[cls](self))
-
-        return asked
-
-    for cls in kept:
-        cls.__bool__ = truth_of(cls)
-    setattr(torch.SymInt, "__index__", index_of)  # noqa: B010  (mypy forbids the assignment that this is)
+    for cls, truth in kept.items():
+        cls.__bool__ = asking(truth, "the truth of a condition on a dynamic size", known=is_known)
+    setattr(torch.SymInt, "__index__", asking(index, "a dynamic size as a plain int"))  # noqa: B010  (mypy forbids the assignment that this is)
     try:
         with _ValuesAsked():
             yield
