@@ -30,7 +30,7 @@ from fxopt.export.origins import WRITTEN_FOR
 from fxopt.export.scope import Scope
 from fxopt.export.sizes import Size, SizeEmitter
 
-__all__ = ["Emitter", "Number", "Operand", "Scope", "Value", "dims", "dtype_of", "is_symbolic", "rank", "tensor_of"]
+__all__ = ["Emitter", "Number", "Operand", "Value", "dims", "dtype_of", "is_symbolic", "rank", "tensor_of"]
 
 Value = ir.Value
 Number: TypeAlias = bool | int | float | sympy.Basic

@@ -31,8 +31,8 @@ _OF_MANY: dict[Any, Any] = {
     torch.sym_max: np.maximum,
     torch.sym_min: np.minimum,
     torch.sym_float: np.float64,
-    torch.sym_int: lambda number: np.trunc(number).astype(np.int64),
-    math.trunc: lambda number: np.trunc(number).astype(np.int64),
+    torch.sym_int: np.trunc,
+    math.trunc: np.trunc,
 }  # of arrays
 _SYMBOLIC = types.SimpleNamespace(sym_max=max, sym_min=min, sym_float=float, _sym_sqrt=math.sqrt)
 

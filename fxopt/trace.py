@@ -142,24 +142,23 @@ def _exported(
     model: torch.nn.Module, program: Callable[[], torch.export.ExportedProgram]
 ) -> tuple[torch.export.ExportedProgram, dict[int, Site]]:
     """Return the program, and its branches and loops on values, if torch cannot trace the model without them."""
-    first: BaseException
+    undecided = False
     try:
         with operators_traced():
             return program(), {}
     except FxoptError:
         raise
-    except Undecided as asked:
-        first = asked
+    except Undecided:
+        undecided = True
     except Exception as error:
         if not asks_for_values(error):
             raise explained(error) from error
-        first = error
     try:
         with operators_traced():
             exported, session = trace_with_branches(model, program)
     except FxoptError:
         # torch traces its own operators where the sides yield other sizes, for one.
-        alone = _traced_by_torch(program) if isinstance(first, Undecided) else None
+        alone = _traced_by_torch(program) if undecided else None
         if alone is None:
             raise
         return alone, {}
