@@ -13,6 +13,7 @@ Writes into buffers become one ``fxopt.update_buffer`` at the end. Writes into i
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
 from typing import Any
@@ -348,8 +349,10 @@ def fake_result(target: Any, args: Any, kwargs: Any, graph: torch.fx.Graph | Non
     mode = detect_fake_mode((args, kwargs)) or (None if graph is None else fake_mode_of(graph))
     if mode is None:
         return target(*args, **kwargs)
+    # Sizes that depend on values are new symbols each time, which torch's next trace must not look for in its results.
+    unclaimed = mode.shape_env.ignore_fresh_unbacked_symbols() if mode.shape_env else contextlib.nullcontext()
     # Without torch's Python kernels some operators, such as pad, would tie a dynamic size to what it is now.
-    with mode, enable_python_dispatcher():
+    with mode, enable_python_dispatcher(), unclaimed:
         return target(*args, **kwargs)
 
 

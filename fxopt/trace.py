@@ -21,6 +21,7 @@ from fxopt.control_flow.session import Site
 from fxopt.dimensions import Sample, bind_arguments, named_dynamic_shapes, traceable
 from fxopt.errors import CaptureError, FxoptError, describe
 from fxopt.functionalize import fake_call, functionalize
+from fxopt.grouped_ops import as_grouped_mm
 from fxopt.recurrent import RECURRENT_OPERATORS, WholeRecurrentLayers
 from fxopt.size_advice import sizes_that_work
 from fxopt.size_builtins import symbolic_sizes
@@ -193,7 +194,7 @@ def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None =
         if isinstance(module, torch.fx.GraphModule) and module is not root:
             module.graph = functionalize(module.graph, {})
     graph = functionalize(graph, kinds)
-    _restore_recurrent(graph)
+    _restore_operators(graph)
     _read_constants_directly(graph)
     _drop_unread(graph)
     constants = {
@@ -321,10 +322,11 @@ def _read_constants_directly(graph: torch.fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _restore_recurrent(graph: torch.fx.Graph) -> None:
+def _restore_operators(graph: torch.fx.Graph) -> None:
+    """Put ATen's operators in the place of stand-ins, and fxopt's in that of other libraries' where they are equal."""
     for node in graph.nodes:
-        if node.op == "call_function" and node.target in RECURRENT_OPERATORS:
-            node.target = RECURRENT_OPERATORS[node.target]
+        if node.op == "call_function":
+            node.target = as_grouped_mm(RECURRENT_OPERATORS.get(node.target, node.target))
 
 
 def _drop_unread(graph: torch.fx.Graph) -> None:

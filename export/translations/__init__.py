@@ -17,6 +17,7 @@ from fxopt.export.translations import (  # noqa: F401  (imported for the registr
     dynamic,
     elementwise,
     embedding,
+    grouped,
     index,
     linear,
     normalization,

@@ -14,7 +14,7 @@ import torch
 
 from fxopt.control_flow.arguments import call_with_numbers, holds_numbers
 from fxopt.control_flow.branches import truth_and_, truth_or_
-from fxopt.control_flow.loops import TracedRange
+from fxopt.control_flow.iteration import enumerate_, range_, zip_
 from fxopt.control_flow.questions import is_traced, truth
 from fxopt.control_flow.scalars import TracedNumber, as_number
 from fxopt.control_flow.session import CaptureWarning, Where, in_branch, place, refusal
@@ -34,6 +34,8 @@ def call(name: str, function: Callable[..., Any], at: Where, *args: Any, **kwarg
             stacklevel=2,
         )
         return None
+    if name in _ITERATION and kwargs.keys() <= {"start", "strict"}:
+        return _ITERATION[name](at, *args, **kwargs)
     if not any(is_traced(value) for value in _operands(args)) or kwargs:
         return function(*args, **kwargs)
     if name in _CALLS:
@@ -79,15 +81,6 @@ def _kind(kind: type) -> Callable[..., Any]:
     return convert
 
 
-def _range(at: Where, *bounds: Any) -> Any:
-    if not any(is_traced(bound) for bound in bounds):
-        return builtins.range(*bounds)
-    start, stop, step = (0, bounds[0], 1) if len(bounds) == 1 else (*bounds, 1)[:3]
-    if not isinstance(step, int) or step == 0:
-        raise refusal("the step of a range depends on a tensor", at)
-    return TracedRange(start, as_number(stop) if is_traced(stop) else stop, step)
-
-
 def _extreme(better: Callable[[Any, Any], Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     def choose(at: Where, *args: Any) -> Any:
         items = list(args[0]) if len(args) == 1 else list(args)
@@ -125,7 +118,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "int": _kind(int),
     "float": _kind(float),
     "bool": _kind(bool),
-    "range": _range,
+    "range": range_,
     "min": _extreme(operator.lt, torch.minimum),
     "max": _extreme(operator.gt, torch.maximum),
     "abs": lambda at, value: abs(value),
@@ -138,6 +131,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "math.isinf": lambda at, value: TracedNumber(as_number(value).tensor.double().isinf()),
     "math.isfinite": lambda at, value: TracedNumber(as_number(value).tensor.double().isfinite()),
 }
+_ITERATION: dict[str, Callable[..., Any]] = {"enumerate": enumerate_, "zip": zip_}
 _ELEMENTWISE = "sqrt exp log log2 log10 sin cos tan tanh asin acos atan pow atan2"
 _MATH: dict[str, Callable[..., torch.Tensor]] = {
     f"math.{name}": getattr(torch, name) for name in _ELEMENTWISE.split()

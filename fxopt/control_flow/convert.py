@@ -23,7 +23,9 @@ from fxopt.control_flow.syntax import constant, expression, statement
 __all__ = ["RUNTIME", "converted_code"]
 
 RUNTIME = "__fxopt__"
-_ASKED_BUILTINS = {"int", "float", "bool", "range", "min", "max", "abs", "round", "any", "all", "print", "len"}
+_ASKED_BUILTINS = {
+    "int", "float", "bool", "range", "enumerate", "zip", "min", "max", "abs", "round", "any", "all", "print", "len",
+}  # fmt: skip
 
 
 def converted_code(function: ast.FunctionDef, code: types.CodeType) -> types.CodeType:

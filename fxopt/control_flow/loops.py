@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +11,13 @@ from torch.utils import _pytree as pytree
 
 from fxopt.args import shape_text
 from fxopt.control_flow import markers
-from fxopt.control_flow.branches import trace_branch, truth_and_
 from fxopt.control_flow.questions import is_traced, truth
-from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number
+from fxopt.control_flow.scalars import TracedNumber, as_number
 from fxopt.control_flow.session import Where, refusal, session
 from fxopt.control_flow.state import State, trial
 from fxopt.control_flow.values import UNDEFINED, Differ, Undefined, map_leaves, pair_leaves
 
-__all__ = ["TracedRange", "for_", "trace_loop", "while_"]
+__all__ = ["trace_loop", "while_"]
 
 _LONGEST_UNROLLED = 10_000
 
@@ -234,58 +232,3 @@ def _next_values(began: Any, ended: Any, following: list[torch.Tensor]) -> None:
         if isinstance(a, _Carried):
             tensor = as_number(b).tensor if a.is_number or not isinstance(b, torch.Tensor) else b
             following.append(tensor if tensor.dtype == a.tensor.dtype else tensor.to(a.tensor.dtype))
-
-
-def for_(
-    items: Iterable[Any], body: Callable[[Any], Any], asks: Callable[[], Any] | None, state: State, at: Where
-) -> None:
-    """Run ``for item in items: body(item)``, as long as ``asks()``, if it is given."""
-    if isinstance(items, TracedRange):
-        _traced_for(items, body, asks, state, at)
-        return
-    for item in items:
-        goes = True if asks is None else asks()
-        if is_traced(goes):
-            trace_branch(goes, lambda item=item: body(item), lambda: None, state, at)  # type: ignore[misc]  # mypy infers no type of a default
-        elif not goes:
-            break
-        else:
-            body(item)
-
-
-@dataclasses.dataclass(frozen=True)
-class TracedRange:
-    """``range`` with a bound that depends on a tensor."""
-
-    start: Any
-    stop: Any
-    step: int
-
-    def __iter__(self) -> Iterator[Any]:
-        raise Undecided("a range whose bounds depend on a tensor")
-
-
-def _traced_for(
-    items: TracedRange, body: Callable[[Any], Any], asks: Callable[[], Any] | None, state: State, at: Where
-) -> None:
-    count = [as_number(items.start)]
-
-    def more() -> Any:
-        inside = operator.lt if items.step > 0 else operator.gt
-        return TracedNumber(as_number(inside(count[0], items.stop)).tensor)
-
-    def test() -> Any:
-        return more() if asks is None else truth_and_(at, asks(), more)
-
-    def turn() -> None:
-        item = count[0]
-        body(item)
-        count[0] = item + items.step
-
-    def put(values: list[Any]) -> None:
-        count[0] = values[0]
-        state.put(values[1:])
-
-    counter = "the counter of the loop"
-    counted = State([counter, *state.names], [counter, *state.live], lambda: [count[0], *state.take()], put, state.seen)
-    trace_loop(test, turn, counted, at)

@@ -15,7 +15,8 @@ from fxopt.control_flow.branches import (
     truth_or_,
 )
 from fxopt.control_flow.calls import call, invoke
-from fxopt.control_flow.loops import for_, while_
+from fxopt.control_flow.iteration import for_
+from fxopt.control_flow.loops import while_
 from fxopt.control_flow.state import State, peek
 from fxopt.control_flow.values import UNDEFINED
 

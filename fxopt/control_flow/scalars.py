@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["TracedNumber", "Undecided", "as_number", "result_tensor"]
+__all__ = ["TracedNumber", "Undecided", "UndecidedRows", "as_number", "result_tensor"]
 
 Number = bool | int | float
 _KINDS = {torch.bool: bool, torch.int64: int, torch.float64: float}
@@ -24,6 +24,10 @@ class Undecided(BaseException):  # not an Exception: a model's own `except Excep
     def __init__(self, what: str) -> None:
         super().__init__(what)
         self.what = what
+
+
+class UndecidedRows(Undecided):
+    """Python asked for the rows of a tensor one by one, and a dynamic size says how many there are."""
 
 
 def _arithmetic(a: TracedNumber) -> TracedNumber:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import linecache
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -63,13 +64,15 @@ class Session:
 
     Attributes:
         modules: The model and all modules in it.
+        unrolled: Code that goes through the rows of tensors where no loop can stand, so that torch fixes their number.
         sites: Each branch and loop by the number of its region.
         depth: How many traced branches and loops the code that runs now is inside of.
         in_trial: Whether what is traced now is thrown away.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, modules: Sequence[torch.nn.Module], unrolled: Set[types.CodeType] = frozenset()) -> None:
         self.modules = modules
+        self.unrolled = unrolled
         self.sites: dict[int, Site] = {}
         self.depth = 0
         self.in_trial = False

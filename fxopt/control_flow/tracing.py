@@ -19,10 +19,11 @@ from fxopt.control_flow.heap import Heap
 from fxopt.control_flow.identity import may_hand_back, twins
 from fxopt.control_flow.indexing import get_item, holds_number, set_item
 from fxopt.control_flow.jumps import Unsupported
-from fxopt.control_flow.questions import asking, is_known
-from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number
-from fxopt.control_flow.session import Raised, Session, refusal, running
+from fxopt.control_flow.questions import asking, is_known, is_traced
+from fxopt.control_flow.scalars import TracedNumber, Undecided, UndecidedRows, as_number
+from fxopt.control_flow.session import Raised, Session, refusal, running, session
 from fxopt.control_flow.source import NoSource, asking_frame, definition, functions_of, is_library
+from fxopt.errors import CaptureError
 
 __all__ = ["trace_with_branches"]
 
@@ -40,7 +41,7 @@ def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tu
     modules = list(model.modules())
     try:
         while True:
-            current, state = Session(modules), Heap([], [], modules)
+            current, state = Session(modules, rewritten.unrolled), Heap([], [], modules)
             try:
                 with running(current), _values_asked(), _plain_results(model):
                     return run(), current
@@ -66,6 +67,7 @@ class _Rewritten:
         self.kept: list[tuple[types.FunctionType, types.CodeType]] = []
         self.codes: set[types.CodeType] = set()
         self.made: set[types.CodeType] = set()
+        self.unrolled: set[types.CodeType] = set()
         self.globals: list[dict[str, Any]] = []
 
     def add(self, asked: Undecided) -> None:
@@ -82,17 +84,31 @@ class _Rewritten:
             if code in self.made:
                 break
             if code not in self.codes and (functions := functions_of(code)) and len(self.codes) < _MOST_REWRITTEN:
-                self._replace(code, functions, at)
+                try:
+                    self._replace(code, functions, at)
+                except CaptureError:
+                    if self._unrolls(asked, frames[0][0]):
+                        return
+                    raise
                 return
             if code not in self.codes:
                 break
             # A function made anew at each call: the one that makes it is the one to rewrite.
+        if self._unrolls(asked, frames[0][0]):
+            return
         raise refusal(
             f"Python asks for {asked.what} in a place that cannot be rewritten",
             at,
             try_="an if statement, a while loop or torch.where there, "
             "instead of a comprehension's condition or a call that wants a plain number",
         )
+
+    def _unrolls(self, asked: Undecided, code: types.CodeType) -> bool:
+        """Return whether torch may be left to fix how many rows there are, which it is then for this code."""
+        if not isinstance(asked, UndecidedRows) or code in self.unrolled:
+            return False
+        self.unrolled.add(code)
+        return True
 
     def _replace(self, code: types.CodeType, functions: list[types.FunctionType], at: tuple[str, int, str]) -> None:
         try:
@@ -190,11 +206,15 @@ class _ValuesAsked(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if not is_library(_caller()):
+        caller = _caller()
+        if _goes_through_rows(caller) and is_traced(args[0].shape[0]):
+            raise UndecidedRows("the rows of a tensor of dynamic size one by one")
+        if not is_library(caller.f_code):
             if func in _ASKING:
                 raise Undecided(_ASKING[func])
             if func is torch.Tensor.item:
-                return as_number(args[0])
+                number = as_number(args[0])
+                return number.symbolic() if _is_for_index() else number
             if name in _ANSWERS:
                 return TracedNumber(_ANSWERS[name](*args, **kwargs))
         if name == "__getitem__" and holds_number(args[1]):
@@ -213,8 +233,24 @@ _ANSWERS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
-def _caller() -> types.CodeType:
-    """Return the code that called the function which is being intercepted."""
+def _goes_through_rows(caller: types.FrameType) -> bool:
+    """Return whether the user's code goes through a tensor, where it has not been found that no loop can stand."""
+    if caller.f_code is not torch.Tensor.__iter__.__code__ or caller.f_back is None:
+        return False
+    frame = asking_frame(caller.f_back)
+    return frame is not None and frame.f_code not in session().unrolled
+
+
+def _is_for_index() -> bool:
+    """Return whether torch.export asks for the value of a position in an index, for an operator that takes a size."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name == "__torch_function__":
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "maybe_tensor_index_item"
+
+
+def _caller() -> types.FrameType:
+    """Return the frame that called the function which is being intercepted."""
     from torch._export import non_strict_utils  # with torch's compiler, which takes seconds to load: not on import
 
     frame = sys._getframe(2)
@@ -226,4 +262,4 @@ def _caller() -> types.CodeType:
         or (frame.f_code.co_name == "<listcomp>" and frame.f_back.f_code.co_name == "tolist")
     ):
         frame = frame.f_back
-    return frame.f_code
+    return frame

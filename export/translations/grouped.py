@@ -1,0 +1,73 @@
+"""Products of groups of rows with a matrix each: the rows are split, and every group is multiplied by itself.
+
+    sizes = [offsets, rows] - [0, offsets]
+    x1, ..., xn, rest = Split(x, sizes);  y = Concat(x1 w1, ..., xn wn, 0)
+
+No row is multiplied by the matrix of another group, and a group without rows costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+import torch
+
+from fxopt.export.emitter import Emitter, Value, dims, dtype_of, tensor_of
+from fxopt.export.registry import Refused, translates
+from fxopt.grouped_ops import GROUPED_MM
+
+__all__ = ["products_of_groups"]
+
+
+@translates(GROUPED_MM)
+def grouped_mm(emit: Emitter, x: Value, weight: Value, offsets: Value) -> Value:
+    groups, _, columns = dims(weight)
+    if not isinstance(groups, int):
+        raise Refused("the number of groups is dynamic")
+    matrices = _matrices(emit, weight, groups)
+    return products_of_groups(emit, x, offsets, columns, lambda rows, group: emit("MatMul", rows, matrices[group]))
+
+
+def products_of_groups(
+    emit: Emitter, x: Value, offsets: Value, columns: object, multiplied: Callable[[Value, int], Value]
+) -> Value:
+    """Return the products of all groups, and zeros for the rows behind the last one.
+
+    Args:
+        emit: What the nodes are emitted to.
+        x: [rows, k].
+        offsets: int[groups]: where each group ends.
+        columns: Columns of each product.
+        multiplied: Emits the product of the rows of a group.
+    """
+    rows, groups = dims(x)[0], int(dims(offsets)[0])
+    ends = emit.cast(offsets, torch.int64)
+    last = emit("Concat", ends, emit.sizes.vector([rows]), axis=0, dims=(groups + 1,))
+    first = emit("Concat", [0], ends, axis=0, dims=(groups + 1,))
+    sizes = emit("Sub", last, first, dims=(groups + 1,))
+    *parts, _ = emit.many("Split", x, sizes, outputs=groups + 1, axis=0)
+    products = [multiplied(part, group) for group, part in enumerate(parts)]
+    left = emit("Slice", sizes, [groups], [groups + 1], [0], dims=(1,))
+    zero = emit.number(0, dtype_of(x))
+    rest = emit("Expand", zero, emit("Concat", left, emit.sizes.vector([columns]), axis=0, dims=(2,)))
+    return emit("Concat", *products, rest, axis=0, dims=(rows, columns))
+
+
+def _matrices(emit: Emitter, weight: Value, groups: int) -> list[Value]:
+    """Return the matrix of each group: a constant of its own where the weight is one, transposed or not."""
+    producer = weight.producer()
+    turned = producer is not None and producer.op_type == "Transpose"
+    stored = producer.inputs[0] if producer is not None and turned else weight
+    if stored is None or (held := tensor_of(stored)) is None or (turned and _order(producer) != [0, 2, 1]):
+        return [emit("Gather", weight, group, axis=0, dims=dims(weight)[1:]) for group in _numbers(emit, groups)]
+    each = [emit.initializer(f"{stored.name}_{group}", held[group]) for group in range(groups)]
+    return [emit.transpose(matrix, [1, 0]) for matrix in each] if turned else each
+
+
+def _order(transpose: ir.Node | None) -> list[int]:
+    return [] if transpose is None else list(transpose.attributes["perm"].as_ints())
+
+
+def _numbers(emit: Emitter, count: int) -> list[Value]:
+    return [emit.number(number, torch.int64) for number in range(count)]
