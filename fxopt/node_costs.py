@@ -17,16 +17,17 @@ from torch._ops import OpOverload
 from fxopt.args import size_text
 from fxopt.errors import InvariantError
 from fxopt.graph_module import CapturedModule, size_of
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.layer_operators import CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 
 __all__ = ["NodeCosts"]
 
 aten = torch.ops.aten
-_VECTOR_PRODUCTS = {aten.mv.default, aten.dot.default}  # torch's counter has no formula for them
+_VECTOR_PRODUCTS = {aten.mv.default, aten.dot.default}  # torch's counter has no formula for them, or for groups
 _PRODUCTS = {
     *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, *RECURRENT, aten.linear.default, aten.matmul.default, aten.mm.default,
     aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.einsum.default,
-    aten.scaled_dot_product_attention.default,
+    aten.scaled_dot_product_attention.default, GROUPED_MM,
 }  # fmt: skip
 
 
@@ -75,6 +76,8 @@ class NodeCosts:
             return None
         if node.target in _VECTOR_PRODUCTS:
             return int(args[0].numel())
+        if node.target is GROUPED_MM:
+            return int(args[0].numel()) * int(args[1].shape[2])
         from torch.utils.flop_counter import FlopCounterMode  # it loads triton
 
         with FlopCounterMode(display=False) as counter, torch.no_grad():

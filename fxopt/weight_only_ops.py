@@ -2,6 +2,9 @@
 
 ``fxopt::matmul_nbits(x, packed, scales, zero_points, bits, block_size, features_in, bias, accuracy_level)``
     ``x @ w.T + bias`` with a weight ``w`` f32[out, features_in] stored in blocks of ``block_size`` numbers of a row.
+``fxopt::grouped_matmul_nbits(x, packed, scales, zero_points, offsets, bits, block_size, features_in, accuracy_level)``
+    The same without a bias for groups of rows with a weight each, which ``fxopt::grouped_mm`` says: the blocks of all
+    have an axis more in front.
 ``fxopt::gather_nbits(packed, scales, zero_points, index, bits, block_size, features_in)``
     The rows of such a weight at ``index``: an embedding.
 ``fxopt::expand_nbits(packed, scales, zero_points, bits, block_size, shape)``
@@ -33,9 +36,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from fxopt.grouped_ops import GROUPED_MM
+
 __all__ = [
-    "BINARIZE_STE", "EXPAND_NBITS", "GATHER_NBITS", "LOOKUP_NBITS", "MATMUL_NBITS", "TERNARIZE_STE",
-    "TERNARY_THRESHOLD", "dequantize_blocks", "pack_bits", "unpack_bits",
+    "BINARIZE_STE", "EXPAND_NBITS", "GATHER_NBITS", "GROUPED_MATMUL_NBITS", "LOOKUP_NBITS", "MATMUL_NBITS",
+    "TERNARIZE_STE", "TERNARY_THRESHOLD", "dequantize_blocks", "pack_bits", "unpack_bits",
 ]  # fmt: skip
 
 TERNARY_THRESHOLD = 0.7
@@ -45,6 +50,10 @@ _LIBRARY = torch.library.Library("fxopt", "FRAGMENT")
 _LIBRARY.define(
     "matmul_nbits(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, int bits, int block_size, "
     "int features_in, Tensor? bias=None, int accuracy_level=0) -> Tensor"
+)
+_LIBRARY.define(
+    "grouped_matmul_nbits(Tensor x, Tensor packed, Tensor scales, Tensor? zero_points, Tensor offsets, int bits, "
+    "int block_size, int features_in, int accuracy_level=0) -> Tensor"
 )
 _LIBRARY.define(
     "gather_nbits(Tensor packed, Tensor scales, Tensor? zero_points, Tensor index, int bits, int block_size, "
@@ -130,6 +139,22 @@ def _matmul_nbits(
     return F.linear(x, dequantize_blocks(packed, scales, zero_points, bits, block_size, features_in), bias)
 
 
+def _grouped_matmul_nbits(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    offsets: torch.Tensor,
+    bits: int,
+    block_size: int,
+    features_in: int,
+    accuracy_level: int = 0,
+) -> torch.Tensor:
+    weight = dequantize_blocks(packed, scales, zero_points, bits, block_size, features_in)
+    product: torch.Tensor = GROUPED_MM(x, weight.transpose(-2, -1), offsets)
+    return product
+
+
 def _gather_nbits(
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -199,6 +224,7 @@ def _ternarize_ste(weight: torch.Tensor) -> torch.Tensor:
 
 # Composite over differentiable ops: autograd derives the gradients, and fake tensors run them as they are.
 _LIBRARY.impl("matmul_nbits", _matmul_nbits, "CompositeImplicitAutograd")
+_LIBRARY.impl("grouped_matmul_nbits", _grouped_matmul_nbits, "CompositeImplicitAutograd")
 _LIBRARY.impl("gather_nbits", _gather_nbits, "CompositeImplicitAutograd")
 _LIBRARY.impl("expand_nbits", _expand_nbits, "CompositeImplicitAutograd")
 _LIBRARY.impl("lookup_nbits", _lookup_nbits, "CompositeImplicitAutograd")
@@ -206,6 +232,7 @@ _LIBRARY.impl("binarize_ste", _binarize_ste, "CompositeImplicitAutograd")
 _LIBRARY.impl("ternarize_ste", _ternarize_ste, "CompositeImplicitAutograd")
 
 MATMUL_NBITS = torch.ops.fxopt.matmul_nbits.default
+GROUPED_MATMUL_NBITS = torch.ops.fxopt.grouped_matmul_nbits.default
 GATHER_NBITS = torch.ops.fxopt.gather_nbits.default
 EXPAND_NBITS = torch.ops.fxopt.expand_nbits.default
 LOOKUP_NBITS = torch.ops.fxopt.lookup_nbits.default

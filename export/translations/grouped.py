@@ -15,7 +15,9 @@ import torch
 
 from fxopt.export.emitter import Emitter, Value, dims, dtype_of, tensor_of
 from fxopt.export.registry import Refused, translates
+from fxopt.export.translations.weight_only import product_with_blocks
 from fxopt.grouped_ops import GROUPED_MM
+from fxopt.weight_only_ops import GROUPED_MATMUL_NBITS
 
 __all__ = ["products_of_groups"]
 
@@ -27,6 +29,31 @@ def grouped_mm(emit: Emitter, x: Value, weight: Value, offsets: Value) -> Value:
         raise Refused("the number of groups is dynamic")
     matrices = _matrices(emit, weight, groups)
     return products_of_groups(emit, x, offsets, columns, lambda rows, group: emit("MatMul", rows, matrices[group]))
+
+
+@translates(GROUPED_MATMUL_NBITS)
+def grouped_matmul_nbits(
+    emit: Emitter,
+    x: Value,
+    packed: Value,
+    scales: Value,
+    zero_points: Value | None,
+    offsets: Value,
+    bits: int,
+    block_size: int,
+    features_in: int,
+    accuracy_level: int,
+) -> Value:
+    groups, columns = dims(packed)[:2]
+    integers, factors = _parts(emit, packed, groups), _parts(emit, scales, groups)
+    middles = [None] * len(integers) if zero_points is None else _parts(emit, zero_points, groups)
+    blocks = list(zip(integers, factors, middles, strict=True))
+    form = (bits, block_size, features_in, accuracy_level)
+
+    def multiplied(rows: Value, group: int) -> Value:
+        return product_with_blocks(emit, rows, blocks[group], None, *form, None)
+
+    return products_of_groups(emit, x, offsets, columns, multiplied)
 
 
 def products_of_groups(
@@ -52,6 +79,14 @@ def products_of_groups(
     zero = emit.number(0, dtype_of(x))
     rest = emit("Expand", zero, emit("Concat", left, emit.sizes.vector([columns]), axis=0, dims=(2,)))
     return emit("Concat", *products, rest, axis=0, dims=(rows, columns))
+
+
+def _parts(emit: Emitter, value: Value, groups: object) -> list[Value]:
+    """Return what a constant holds for each group, as a constant of its own."""
+    held = tensor_of(value)
+    if held is None or not isinstance(groups, int):
+        raise Refused("blocks of weights are computed when the graph runs")
+    return [emit.initializer(f"{value.name}_{group}", held[group]) for group in range(groups)]
 
 
 def _matrices(emit: Emitter, weight: Value, groups: int) -> list[Value]:

@@ -15,8 +15,11 @@ import torch
 
 from fxopt.export.emitter import Emitter, Value, dims, rank
 from fxopt.export.registry import Refused, translates
+from fxopt.export.sizes import Size
 from fxopt.export.translations.index import as_index
 from fxopt.weight_only_ops import EXPAND_NBITS, GATHER_NBITS, LOOKUP_NBITS, MATMUL_NBITS
+
+__all__ = ["product_with_blocks"]
 
 _MICROSOFT = "com.microsoft"
 
@@ -34,11 +37,26 @@ def matmul_nbits(
     bias: Value | None,
     accuracy_level: int,
 ) -> Value:
-    outputs = dims(packed)[0]
+    shape = (*dims(x)[:-1], dims(packed)[0])
+    blocks = packed, scales, zero_points
+    return product_with_blocks(emit, x, blocks, bias, bits, block_size, features_in, accuracy_level, shape)
+
+
+def product_with_blocks(
+    emit: Emitter,
+    x: Value,
+    blocks: tuple[Value, Value, Value | None],
+    bias: Value | None,
+    bits: int,
+    block_size: int,
+    features_in: int,
+    accuracy_level: int,
+    shape: Sequence[Size] | None,
+) -> Value:
+    """Return the product with a weight in blocks: integers, scales and zero points; its shape where that is known."""
     return emit(
-        "MatMulNBits", x, packed, scales, zero_points, None, bias,
-        domain=_MICROSOFT, dims=(*dims(x)[:-1], outputs),
-        K=features_in, N=outputs, bits=bits, block_size=block_size, accuracy_level=accuracy_level or None,
+        "MatMulNBits", x, *blocks, None, bias, domain=_MICROSOFT, dims=shape,
+        K=features_in, N=dims(blocks[0])[0], bits=bits, block_size=block_size, accuracy_level=accuracy_level or None,
     )  # fmt: skip
 
 

@@ -55,6 +55,13 @@ class BlockWeight:
             self.packed, self.scales, self.zero_points, self.bits, self.block_size, self.features_in
         )
 
+    def in_groups(self, groups: int) -> BlockWeight:
+        """Return the rows of all groups with an axis of the groups in front."""
+        shape = (groups, -1)
+        offsets = None if self.zero_points is None else self.zero_points.unflatten(0, shape)
+        packed, scales = self.packed.unflatten(0, shape), self.scales.unflatten(0, shape)
+        return dataclasses.replace(self, packed=packed, scales=scales, zero_points=offsets)
+
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is stored."""

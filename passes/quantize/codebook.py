@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from fxopt.contracts import Contract
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.layer_operators import CELLS, CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.stored_weights import (
@@ -37,6 +38,7 @@ __all__ = ["CodebookWeights"]
 aten = torch.ops.aten
 _LAYERS = (
     *CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS, aten.linear.default, aten.embedding.default, *RECURRENT, *CELLS,
+    GROUPED_MM,
 )  # fmt: skip
 _BITS = (1, 2, 4, 8)
 _FLOORS = {1: -10.0, 2: -3.0, 4: 5.0, 8: 20.0}  # dB

@@ -12,6 +12,7 @@ from fxopt.args import arg, module_path, tensor_arg
 from fxopt.attributes import get_path, owner_of
 from fxopt.effects import is_in_place
 from fxopt.graph_module import graph_modules
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.layer_operators import CELLS, RECURRENT
 from fxopt.ops import UPDATE_BUFFER
 from fxopt.rewriter import Rewriter
@@ -23,6 +24,7 @@ __all__ = [
 
 Node = torch.fx.Node
 aten = torch.ops.aten
+_TURNS = (aten.transpose.int, aten.permute.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,12 @@ def matrices_of(call: Node, layer: int | None = None) -> list[Node]:
 
 def weights_of(layer: Node) -> list[Node]:
     """Return the nodes of what a layer multiplies by: its ``weight``, or the matrices of a recurrent layer or cell."""
-    return matrices_of(layer) if layer.target in (*RECURRENT, *CELLS) else [tensor_arg(layer, "weight")]
+    if layer.target in (*RECURRENT, *CELLS):
+        return matrices_of(layer)
+    weight = tensor_arg(layer, "weight")
+    while layer.target is GROUPED_MM and weight.target in _TURNS:
+        weight = tensor_arg(weight, "self")
+    return [weight]
 
 
 def refusal(

@@ -28,6 +28,7 @@ import torch
 from fxopt.args import arg, dtype, shape, tensor_arg
 from fxopt.calibration_data import calibration_of
 from fxopt.contracts import Contract
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.layer_operators import CELLS, CONVOLUTIONS, RECURRENT, TRANSPOSED_CONVOLUTIONS
 from fxopt.pass_base import Pass
 from fxopt.passes.quantize.block_rounding import rounded_by_gptq
@@ -39,6 +40,7 @@ from fxopt.passes.quantize.blocks import (
     block_size_problem,
     quantize_blocks,
 )
+from fxopt.passes.quantize.grouped_blocks import calls_of, grouped_refusal, outputs_in_rows
 from fxopt.passes.quantize.matrix_uses import INPUT, LOOKUPS, WEIGHT, MatrixUse, behind_transpositions
 from fxopt.passes.quantize.stored_weights import (
     LayerWeight,
@@ -50,7 +52,7 @@ from fxopt.passes.quantize.stored_weights import (
     tensor_bytes,
 )
 from fxopt.rewriter import Rewriter
-from fxopt.weight_only_ops import EXPAND_NBITS, GATHER_NBITS, MATMUL_NBITS
+from fxopt.weight_only_ops import EXPAND_NBITS, GATHER_NBITS, GROUPED_MATMUL_NBITS, MATMUL_NBITS
 
 __all__ = ["TABLES", "QuantizeWeights"]
 
@@ -73,9 +75,9 @@ class QuantizeWeights(Pass):
         search: How the range of a block is chosen; see :func:`quantize_blocks`.
         rounding: ``"nearest"``, or ``"gptq"``, by which on the calibration inputs the errors of some weights make up
             for those of others; see :mod:`fxopt.passes.quantize.block_rounding`.
-        kinds: What is quantized: "linear" (products with any constant matrix), "embedding" (bags of them, too),
-            "recurrent" (LSTM, GRU and RNN layers and cells); "convolution" too if it is named, whose weights bear 8
-            bits, and fewer after training only.
+        kinds: What is quantized: "linear" (products with any constant matrix, those of experts too), "embedding" (bags
+            of them, too), "recurrent" (LSTM, GRU and RNN layers and cells); "convolution" too if it is named, whose
+            weights bear 8 bits, and fewer after training only.
         skip: Patterns of names of weights, nodes or modules that stay as they are.
         min_elements: Smaller weights stay as they are.
         accuracy_level: In which type ORT multiplies: 0 leaves it to ORT, which takes f32; 1 f32; 4 int8 activations.
@@ -158,6 +160,7 @@ class QuantizeWeights(Pass):
                 rw.skip(call, reason)
             else:
                 _replace(rw, use, stored.nodes(use), self)
+        stored.group()
         stored.expand()
         if self.kinds == _KINDS:  # what is not asked about needs no reason
             for call in rw.calls(*_EXPANDED["convolution"]):
@@ -205,6 +208,38 @@ class _Blocks:
         others = ", the others, embeddings or read by several calls, to nearest" if len(found) < every else ""
         self.rw.notes.append(f"{len(found)} of {every} matrices rounded by GPTQ{others}")
 
+    def group(self) -> None:
+        """Let products of groups of rows read the matrices of all groups in blocks."""
+        options = self.options
+        targets = [GROUPED_MM] if options.takes(GROUPED_MM) else []
+        for weight in self._readers.weights(self.rw, targets, skip=options.skip, min_elements=options.min_elements):
+            if (reason := grouped_refusal(weight)) is not None:
+                self.rw.skip(weight.layer, reason)
+            else:
+                self._group(weight)
+
+    def _group(self, weight: LayerWeight) -> None:
+        matrices, options = outputs_in_rows(weight), self.options
+        held = self._in_blocks(matrices.flatten(0, 1))
+        if not self._saves(weight, held):
+            return
+        why = f"{weight.path}, {len(matrices)} matrices, in {options.bits} bits, blocks of {held.block_size}"
+        of_groups = held.in_groups(len(matrices))
+        nodes = self._constants(weight.path, of_groups, near=weight.first_reader)
+        form = (options.bits, held.block_size, held.features_in, options.accuracy_level)
+        for call, _ in calls_of(weight):
+            operands = (tensor_arg(call, "x"), *nodes, tensor_arg(call, "offsets"))
+            self.rw.replace_call(call, GROUPED_MATMUL_NBITS, (*operands, *form), why=why)
+
+    def _saves(self, weight: LayerWeight, held: BlockWeight) -> bool:
+        """Return whether blocks take fewer bytes than the weight, and count or refuse it."""
+        small, large = held.nbytes, tensor_bytes(weight.tensor)
+        if small >= large:
+            self.rw.skip(weight.layer, f"its blocks would take {small} bytes instead of {large}")
+            return False
+        self.bytes_before, self.bytes_after = self.bytes_before + large, self.bytes_after + small
+        return True
+
     def expand(self) -> None:
         """Let layers that have no kernel of blocks read what the blocks of their weights are expanded to."""
         options = self.options
@@ -215,11 +250,8 @@ class _Blocks:
     def _expand(self, weight: LayerWeight) -> None:
         rows, options = weight.tensor.detach().flatten(1), self.options
         held = self._in_blocks(rows)
-        small, large = held.nbytes, tensor_bytes(weight.tensor)
-        if small >= large:
-            self.rw.skip(weight.layer, f"its blocks would take {small} bytes instead of {large}")
+        if not self._saves(weight, held):
             return
-        self.bytes_before, self.bytes_after = self.bytes_before + large, self.bytes_after + small
         first, why = weight.first_reader, f"{weight.path} in {options.bits} bits, blocks of {held.block_size}"
         nodes = self._constants(weight.path, held, near=first)
         arguments = (*nodes, options.bits, held.block_size, list(weight.tensor.shape))

@@ -1,0 +1,56 @@
+"""The matrices of groups of rows, which the experts of a mixture are, in blocks of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fxopt.args import arg, dtype, shape, tensor_arg
+from fxopt.grouped_ops import GROUPED_MM
+from fxopt.passes.quantize.stored_weights import LayerWeight
+
+__all__ = ["calls_of", "grouped_refusal", "outputs_in_rows"]
+
+Node = torch.fx.Node
+aten = torch.ops.aten
+
+
+def calls_of(weight: LayerWeight) -> list[tuple[Node, bool]]:
+    """Return the calls that read the matrices of all groups, and whether each finds its outputs in their rows."""
+    return [found for read in weight.reads for user in read.users for found in _behind(user, turned=False)]
+
+
+def _behind(node: Node, *, turned: bool) -> Iterator[tuple[Node, bool]]:
+    if not _turns_matrices(node):
+        yield node, turned
+        return
+    for user in node.users:
+        yield from _behind(user, turned=not turned)
+
+
+def _turns_matrices(node: Node) -> bool:
+    """Return whether a call transposes each of the matrices."""
+    if node.target is aten.permute.default:
+        return [axis % 3 for axis in arg(node, "dims")] == [0, 2, 1]
+    if node.target is not aten.transpose.int or len(shape(node)) != 3:
+        return False
+    return {arg(node, "dim0") % 3, arg(node, "dim1") % 3} == {1, 2}
+
+
+def grouped_refusal(weight: LayerWeight) -> str | None:
+    """Return why the matrices stay floats, or None if all that reads them are products of groups of rows."""
+    by_rows = {turned for _, turned in calls_of(weight)}
+    for call, _ in calls_of(weight):
+        if call.target is not GROUPED_MM:
+            return f"its weight is also read by {call.name} ({call.target})"
+        if dtype(tensor_arg(call, "x")) is not torch.float32:
+            return f"its input is {dtype(tensor_arg(call, 'x'))}"
+    return "its weight is read transposed by some and as it is by others" if len(by_rows) > 1 else None
+
+
+def outputs_in_rows(weight: LayerWeight) -> torch.Tensor:
+    """Return f32[groups, out, in] of the matrices that are read as f32[groups, in, out]."""
+    (turned,) = {turned for _, turned in calls_of(weight)}
+    held = weight.tensor.detach()
+    return held if turned else held.transpose(1, 2)
