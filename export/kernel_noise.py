@@ -7,12 +7,13 @@ noise of that size to those functions in a run of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from fxopt.eager_control_flow import EagerInterpreter
 from fxopt.isolation import isolated
 from fxopt.numerics import measure
 
@@ -48,13 +49,21 @@ def _distance(plain: Any, noisy: Any) -> float:
     return measure(plain, noisy).max_abs
 
 
-class _Noisy(torch.fx.Interpreter):
-    """Runs a graph with noise of ``scale`` eps on every function that ORT approximates."""
+class _Noisy(EagerInterpreter):
+    """Runs a graph with noise of ``scale`` eps on every function that ORT approximates, in branches and loops too."""
 
-    def __init__(self, gm: torch.fx.GraphModule, scale: float) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, scale: float, generator: torch.Generator | None = None) -> None:
         super().__init__(gm)
         self._scale = scale
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = generator or torch.Generator().manual_seed(0)
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the target; a graph among its arguments is run like this one."""
+        args, kwargs = pytree.tree_map_only(torch.fx.GraphModule, self._inside, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def _inside(self, gm: torch.fx.GraphModule) -> Callable[..., Any]:
+        return _Noisy(gm, self._scale, self._generator).run
 
     def run_node(self, n: torch.fx.Node) -> Any:
         """Run one node."""

@@ -9,9 +9,10 @@ import onnx_ir as ir
 import torch
 
 from fxopt.export.dtypes import onnx_dtype
-from fxopt.export.emitter import Emitter, Value
+from fxopt.export.emitter import Emitter, Value, dims
 from fxopt.export.registry import Refused, translates
 from fxopt.export.sizes import as_size
+from fxopt.export.translations.scanned_rows import scanned_rows
 
 higher_order = torch.ops.higher_order
 Graph = torch.fx.GraphModule
@@ -36,25 +37,41 @@ def cond(
 def while_loop(
     emit: Emitter, condition: Graph, body: Graph, carried: Sequence[Any], constants: Sequence[Any] = ()
 ) -> Sequence[Value]:
-    """The condition is computed once before the loop and again at the end of each turn."""
+    """The condition is computed once before the loop and again at the end of each turn; rows become scan outputs."""
     assert emit.node is not None
-    name = emit.node.name
+    call, name = emit.node, emit.node.name
     start = [emit.as_value(item) for item in carried]
     (first,) = emit.inline(condition, [*start, *constants])
     held = [node.meta["val"] for node in body.graph.nodes if node.op == "placeholder"][: len(start)]
+    scanned = scanned_rows(call, condition, body, start)
+    collected: Sequence[int] = () if scanned is None else scanned.places
     turn, running = (
         _variable(emit, f"{name}/turn", ir.DataType.INT64, ()),
         _variable(emit, f"{name}/running", ir.DataType.BOOL, ()),
     )
-    variables = [_carried(emit, f"{name}/carried", value, one) for value, one in zip(start, held, strict=True)]
+    variables = [
+        value if place in collected else _carried(emit, f"{name}/carried", value, one)
+        for place, (value, one) in enumerate(zip(start, held, strict=True))
+    ]
+    kept = [place for place in range(len(start)) if place not in collected]
 
     def run() -> list[Any]:
-        after = emit.inline(body, [*variables, *constants])
-        (again,) = emit.inline(condition, [*after, *constants])
-        return [again, *after]
+        after = emit.inline(body if scanned is None else scanned.body, [*variables, *constants])
+        rows = [emit("Squeeze", row, [0]) for row in after[len(kept) :]]
+        following = [*start]  # the test reads no rows
+        for place, value in zip(kept, after, strict=False):
+            following[place] = value
+        (again,) = emit.inline(condition, [*following, *constants])
+        return [again, *after[: len(kept)], *rows]
 
-    loop = emit.body("body", [turn, running, *variables], run)
-    return emit.many("Loop", None, emit.as_value(first), *start, outputs=len(start), body=loop)
+    loop = emit.body("body", [turn, running, *(variables[place] for place in kept)], run)
+    first_values = [start[place] for place in kept]
+    found = emit.many("Loop", None, emit.as_value(first), *first_values, outputs=len(start), body=loop)
+    results = dict(zip([*kept, *collected], found, strict=True))
+    for place in collected:
+        # Of a loop without turns ORT knows no sizes of rows.
+        results[place] = emit.reshape(results[place], dims(start[place]))
+    return [results[place] for place in range(len(start))]
 
 
 def _carried(emit: Emitter, name: str, value: Value, held: Any) -> Value:

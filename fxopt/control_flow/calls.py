@@ -14,6 +14,7 @@ import torch
 
 from fxopt.control_flow.arguments import call_with_numbers, holds_numbers
 from fxopt.control_flow.branches import truth_and_, truth_or_
+from fxopt.control_flow.growing import Rows, of_rows
 from fxopt.control_flow.iteration import enumerate_, range_, zip_
 from fxopt.control_flow.questions import is_traced, truth
 from fxopt.control_flow.scalars import TracedNumber, as_number
@@ -25,6 +26,8 @@ __all__ = ["call", "invoke"]
 
 def call(name: str, function: Callable[..., Any], at: Where, *args: Any, **kwargs: Any) -> Any:
     """Call ``function``, which the user's code calls ``name``: a builtin or one of ``math``, on traced numbers too."""
+    if name == "len" and args and isinstance(args[0], Rows):
+        return args[0].tensor.shape[0]
     # By name, since torch.export puts others in the place of some builtins while it traces.
     if getattr(builtins, name, getattr(math, name.removeprefix("math."), None)) is not function:
         return function(*args, **kwargs)
@@ -36,6 +39,8 @@ def call(name: str, function: Callable[..., Any], at: Where, *args: Any, **kwarg
         return None
     if name in _ITERATION and kwargs.keys() <= {"start", "strict"}:
         return _ITERATION[name](at, *args, **kwargs)
+    if (found := of_rows(function, args, kwargs)) is not NotImplemented:
+        return found
     if not any(is_traced(value) for value in _operands(args)) or kwargs:
         return function(*args, **kwargs)
     if name in _CALLS:
@@ -48,6 +53,8 @@ def call(name: str, function: Callable[..., Any], at: Where, *args: Any, **kwarg
 
 def invoke(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call ``function``; one of torch gets numbers that depend on tensors in a form that it takes."""
+    if (found := of_rows(function, args, kwargs)) is not NotImplemented:
+        return found
     if holds_numbers((args, kwargs)) and _is_torchs(function):
         return call_with_numbers(function, args, kwargs)
     return function(*args, **kwargs)

@@ -16,6 +16,7 @@ import builtins
 import types
 from collections.abc import Sequence
 
+from fxopt.control_flow.appended import bind_appended
 from fxopt.control_flow.jumps import Unsupported, lower_jumps, negated_any, own_nodes
 from fxopt.control_flow.liveness import assigned, locals_of, mark_live, mutated, read
 from fxopt.control_flow.syntax import constant, expression, statement
@@ -25,6 +26,7 @@ __all__ = ["RUNTIME", "converted_code"]
 RUNTIME = "__fxopt__"
 _ASKED_BUILTINS = {
     "int", "float", "bool", "range", "enumerate", "zip", "min", "max", "abs", "round", "any", "all", "print", "len",
+    "list", "tuple", "reversed",
 }  # fmt: skip
 
 
@@ -103,6 +105,7 @@ class _Mangle(ast.NodeTransformer):
 
 def _convert(function: ast.FunctionDef, filename: str) -> None:
     inner = [node for node in own_nodes(function.body) if isinstance(node, ast.FunctionDef)]
+    bind_appended(function, RUNTIME)
     lower_jumps(function)
     mark_live(function)
     names = sorted(locals_of(function))
@@ -272,11 +275,11 @@ class _Converter(ast.NodeTransformer):
                 node.args = [expression("__class__", node), expression(self.first, node)]
             elif function.id in _ASKED_BUILTINS and hasattr(builtins, function.id):
                 return self._asked(node)
-        elif (
-            isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "math"
-        ):
+            elif hasattr(builtins, function.id):
+                return node
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "math":
             return self._asked(node)
-        elif any(not isinstance(given, ast.Constant) for given in (*node.args, *(k.value for k in node.keywords))):
+        if any(not isinstance(given, ast.Constant) for given in (*node.args, *(k.value for k in node.keywords))):
             node.args, node.func = [function, *node.args], expression(f"{RUNTIME}.invoke", node)
         return node
 

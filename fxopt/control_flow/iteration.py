@@ -14,6 +14,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.control_flow.branches import trace_branch, truth_and_
+from fxopt.control_flow.growing import Growth, Rows
 from fxopt.control_flow.indexing import get_item
 from fxopt.control_flow.loops import trace_loop
 from fxopt.control_flow.questions import is_traced
@@ -109,10 +110,12 @@ def _from_zero(items: Any) -> _Counted | None:
     """Return items that the graph counts from 0 on, or None."""
     if isinstance(items, _Counted):
         return items if items.step == 1 and isinstance(items.start, int) and items.start == 0 else None
+    items = items.tensor if isinstance(items, Rows) else items
     return _rows_of(items) if isinstance(items, torch.Tensor) and items.ndim and is_traced(items.shape[0]) else None
 
 
 def _rows_of(tensor: Any) -> _Counted | None:
+    tensor = tensor.tensor if isinstance(tensor, Rows) else tensor
     if not isinstance(tensor, torch.Tensor) or not tensor.ndim:
         return None
     return _Counted(0, tensor.shape[0], item=lambda number: get_item(tensor, number), unrolled=lambda: tensor.unbind())
@@ -141,6 +144,13 @@ def _counted_for(
 ) -> None:
     count, stop = [as_number(items.start)], as_number(items.stop)
 
+    def one() -> None:
+        body(items.item(count[0]))
+
+    # Behind a `break` there are fewer items than the range has numbers.
+    growth = Growth.of(one, lambda: _turns(items), state, at) if asks is None else None
+    buffers = [] if growth is None else growth.buffers
+
     def more() -> Any:
         inside = operator.lt if items.step > 0 else operator.gt
         return TracedNumber(as_number(inside(count[0], stop)).tensor)
@@ -150,13 +160,33 @@ def _counted_for(
 
     def turn() -> None:
         number = count[0]
-        body(items.item(number))
+        if growth is None:
+            one()
+        else:
+            place = number if (items.start, items.step) == (0, 1) else (number - items.start) // items.step
+            with growth.turn(as_number(place).tensor.reshape(1)):
+                one()
         count[0] = number + items.step
 
     def put(values: list[Any]) -> None:
-        count[0] = values[0]
-        state.put(values[1:])
+        count[0], buffers[:] = values[0], values[1 : 1 + len(buffers)]
+        state.put(values[1 + len(buffers) :])
 
-    counter = "the counter of the loop"
-    counted = State([counter, *state.names], [counter, *state.live], lambda: [count[0], *state.take()], put, state.seen)
+    own = ["the counter of the loop", *(f"list {number} that the loop makes" for number in range(len(buffers)))]
+    counted = State(
+        [*own, *state.names], [*own, *state.live], lambda: [count[0], *buffers, *state.take()], put, state.seen
+    )
     trace_loop(test, turn, counted, at)
+    if growth is not None:
+        growth.finish()
+
+
+def _turns(items: _Counted) -> Any:
+    """Return how many items there are, as a size."""
+    width, forward = abs(items.step), 1 if items.step > 0 else -1
+    start, stop = items.start, items.stop
+    if not isinstance(start, TracedNumber) and not isinstance(stop, TracedNumber | torch.Tensor):
+        turns = (forward * (stop - start) + width - 1) // width
+        return turns if statically_known_true(turns >= 0) else torch.sym_max(turns, 0)
+    distance = (as_number(stop) - start) * forward + (width - 1)
+    return TracedNumber(as_number(distance // width).tensor.clamp(min=0)).symbolic()

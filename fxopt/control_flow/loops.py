@@ -127,7 +127,8 @@ def _loop_start(asks: Callable[[], Any], body: Callable[[], Any], state: State, 
             raise refusal(
                 f"a loop whose number of turns depends on a tensor changes {grown}",
                 at,
-                try_="a tensor of fixed size, written by index, instead of a container that grows",
+                try_="a list that the function makes itself, to which a for loop without break appends a tensor "
+                "on each turn; or a tensor of fixed size, written by index",
             )
         if all(old is new for old, new in zip(start, widened, strict=True)):
             return start

@@ -15,12 +15,13 @@ from fxopt.control_flow.branches import (
     truth_or_,
 )
 from fxopt.control_flow.calls import call, invoke
+from fxopt.control_flow.growing import append
 from fxopt.control_flow.iteration import for_
 from fxopt.control_flow.loops import while_
 from fxopt.control_flow.state import State, peek
 from fxopt.control_flow.values import UNDEFINED
 
 __all__ = [
-    "UNDEFINED", "State", "and_", "assert_", "call", "for_", "if_", "if_expression", "invoke", "not_", "or_", "peek",
-    "raised", "truth_and_", "truth_or_", "while_",
+    "UNDEFINED", "State", "and_", "append", "assert_", "call", "for_", "if_", "if_expression", "invoke", "not_", "or_",
+    "peek", "raised", "truth_and_", "truth_or_", "while_",
 ]  # fmt: skip

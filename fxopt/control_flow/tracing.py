@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from fxopt.control_flow import calls, runtime
 from fxopt.control_flow.arguments import call_with_numbers, holds_numbers
 from fxopt.control_flow.convert import RUNTIME, converted_code
+from fxopt.control_flow.growing import Rows
 from fxopt.control_flow.heap import Heap
 from fxopt.control_flow.identity import may_hand_back, twins
 from fxopt.control_flow.indexing import get_item, holds_number, set_item
@@ -48,10 +49,10 @@ def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tu
             except Undecided as asked:
                 rewritten.add(asked)
             except TypeError as error:
-                if TracedNumber.__name__ not in str(error):
+                if not any(kind.__name__ in str(error) for kind in (TracedNumber, Rows)):
                     raise
                 # torch's own functions tell such a number from a plain one; a rewritten function hands them what fits.
-                rewritten.add(Undecided("a plain number").with_traceback(error.__traceback__))
+                rewritten.add(Undecided("a plain number or list").with_traceback(error.__traceback__))
             except Raised as raised:
                 raise raised.error from None
             finally:
@@ -185,6 +186,9 @@ def _plain_results(model: torch.nn.Module) -> Iterator[None]:
     """Let the model return plain numbers, as it does in eager."""
 
     def plain(_: torch.nn.Module, __: Any, result: Any) -> Any:
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Rows):
+                leaf.other()
         return pytree.tree_map_only(TracedNumber, TracedNumber.symbolic, result)
 
     hook = model.register_forward_hook(plain)
