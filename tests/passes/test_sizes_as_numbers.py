@@ -73,10 +73,9 @@ def net() -> fxopt.CapturedModule:
     [
         None,
         ["cast-half"],
-        ["compose-layers"],
         [Quantize(recipe="fast")],
         ["quantize-dynamic"],
-        ["quantize-weights"],
+        *(pytest.param(passes, marks=pytest.mark.slow) for passes in (["compose-layers"], ["quantize-weights"])),
         [Prune(0.5)],
     ],
     ids=lambda passes: "default" if passes is None else getattr(passes[0], "name", passes[0]),

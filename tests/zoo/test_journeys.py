@@ -12,7 +12,7 @@ from tests.zoo.architectures import TRANSFORMERS
 
 pytestmark = [pytest.mark.zoo, pytest.mark.ort]
 
-QUICK = {"densenet_small", "resnet18", "bert", "LstmNet", "Dlrm"}
+QUICK = {"densenet_small", "bert", "LstmNet", "Dlrm"}
 TEXT_AND_SOUND = {*TRANSFORMERS, *journeys.RECURRENT}  # nets whose length varies too
 SLOW_SCORES = {"crepe_full", "mobilenetv2"}
 FLOOR_DB = 70.0  # of ORT against eager: random nets amplify rounding, and one that drowns in it would prove nothing

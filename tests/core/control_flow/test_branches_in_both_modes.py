@@ -176,6 +176,13 @@ NETS = [
     ReturnsPath, ReturnsTwoPaths, PathsInPaths, BothSidesReadAPath, BranchesInTrainingOnly, BranchesInEvaluationOnly,
     OneFunctionInsideAndOutside, DropsInALoop, OnlyDropsInALoop,
 ]  # fmt: skip
+LONG = [
+    ReturnsDropout,
+    DropsByProbability,
+    ReturnsPath,
+    ReturnsTwoPaths,
+    OnlyDropsInALoop,
+]  # others have what they have
 
 
 def batch(seed: int) -> Tensor:
@@ -198,7 +205,7 @@ def graph_of(net: type[nn.Module], training: bool) -> fxopt.CapturedModule:
     return fxopt.capture(model_of(net, training), batch(0), dynamic_shapes=BATCH)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [pytest.param(net, marks=[pytest.mark.slow] if net in LONG else []) for net in NETS])
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_graph_equals_eager_in_both_modes_on_every_side(net: type[nn.Module], training: bool) -> None:
     model, gm = model_of(net, training), graph_of(net, training)
@@ -220,7 +227,7 @@ def test_graph_equals_eager_in_both_modes_on_every_side(net: type[nn.Module], tr
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", [pytest.param(net, marks=[pytest.mark.slow] if net in LONG else []) for net in NETS])
 @pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_onnx_runtime_takes_the_sides_of_evaluation(net: type[nn.Module], training: bool, tmp_path: Any) -> None:
     from fxopt.export import Session, to_onnx

@@ -281,7 +281,7 @@ class DroppedInLoop(Two):
 
 
 @pytest.mark.parametrize("cls", [Dropped, Normed, DroppedInLoop])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 @torch.no_grad()  # torch runs batch norm on one side without gradients only
 def test_one_graph_serves_both_modes(cls: type[Two], training: bool) -> None:
     model = model_of(cls).train(training)

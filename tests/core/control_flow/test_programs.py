@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -21,6 +22,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with require
 
 SEEDS = 45  # every scale with every batch size, several times
 STATEFUL = {"counts in a buffer"}
+LONG = {  # whose statements others have too
+    "if else", "chained comparison", "while with a counter", "for in range(a, t, 2)", "halting recurrence",
+    "three submodules", "bool of a tensor", "comparisons of scalars", "walrus and allclose", "newton",
+}  # fmt: skip
+
+
+def programs(but: Collection[str] = ()) -> list[Any]:
+    """Return the names of all programs, those that others cover marked as slow."""
+    names = [name for name in PROGRAMS if name not in but]
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names]
 
 
 def model_of(name: str) -> Any:
@@ -50,7 +61,7 @@ def control_flow(gm: fxopt.CapturedModule) -> list[Any]:
     return [node for node in nodes if node.target in (COND, WHILE_LOOP)]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", programs())
 def test_graph_equals_eager_bit_for_bit_on_every_way(name: str) -> None:
     model = model_of(name)
     gm = graph_of(name)
@@ -65,7 +76,7 @@ def test_graph_equals_eager_bit_for_bit_on_every_way(name: str) -> None:
     assert len(distinct) > 10
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", programs())
 def test_torch_export_refuses_what_is_captured_here(name: str) -> None:
     program = PROGRAMS[name]
     model, shapes = model_of(name), {0: torch.export.Dim("batch")}
@@ -75,7 +86,7 @@ def test_torch_export_refuses_what_is_captured_here(name: str) -> None:
         )
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", programs())
 def test_gradients_are_those_of_the_way_taken(name: str) -> None:
     model = model_of(name)
     if not list(model.parameters()) or name == "decoding loop":
@@ -94,7 +105,7 @@ def test_gradients_are_those_of_the_way_taken(name: str) -> None:
 
 
 @pytest.mark.ort
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in STATEFUL])
+@pytest.mark.parametrize("name", programs(STATEFUL))
 def test_onnx_runtime_takes_the_same_ways(name: str, tmp_path: Any) -> None:
     from fxopt.export import Session, to_onnx
 
@@ -170,7 +181,7 @@ def test_statistics_and_dropout_follow_the_side_taken_in_training() -> None:
 
 
 @pytest.mark.parametrize("name", ["batch norm on one side", "dropout on one side"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_one_graph_serves_both_modes(name: str, training: bool) -> None:
     model = model_of(name).train(training)
     gm = captured(name, copy.deepcopy(model))

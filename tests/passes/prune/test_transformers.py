@@ -21,7 +21,7 @@ VOCABULARY, WIDTH = 40, 32
 
 
 QUICK = {
-    ("bert", "heads"), ("llama", "longest"), ("swin v1", "heads"), ("convnext", "longest"),
+    ("llama", "longest"), ("swin v1", "heads"), ("convnext", "longest"),
 }  # fmt: skip
 
 

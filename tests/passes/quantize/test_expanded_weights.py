@@ -44,6 +44,8 @@ LAYERS = {
     "transposed_conv": lambda: nn.ConvTranspose1d(3, 20, 4),
 }
 
+LONG = {"rnn", "rnn_cell", "grouped_conv"}  # one of each kind is enough
+
 
 def matrices(model: nn.Module) -> dict[str, Tensor]:
     return {name: held.detach() for name, held in model.named_parameters() if "weight" in name}
@@ -61,7 +63,7 @@ def with_weights(model: nn.Module, new: dict[str, Tensor]) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "bits", "symmetric"),
     [
-        *((name, 4, False) for name in LAYERS),
+        *(pytest.param(name, 4, False, marks=[pytest.mark.slow] if name in LONG else []) for name in LAYERS),
         ("lstm", 2, False),
         ("lstm", 8, True),
         ("conv", 8, False),
