@@ -5,8 +5,8 @@
     as operands    everything else: in half if all the floats that it reads are, and in float32 otherwise
 
 The lists are those of torch.amp for CUDA devices ("Op-specific behavior" in its documentation), whatever the device;
-they go back to Micikevicius et al., Mixed Precision Training, ICLR 2018. Batch norm reads in half and keeps statistics
-and parameters in float32, as torch's kernels do.
+they go back to Micikevicius et al., Mixed Precision Training, ICLR 2018. Products of groups are products here. Batch
+norm reads in half and keeps statistics and parameters in float32, as torch's kernels do.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["autocast_plan"]
 IN_HALF = frozenset({
     "__matmul__", "addbmm", "addmm", "addmv", "addr", "baddbmm", "bmm", "chain_matmul", "linalg_multi_dot", "conv1d",
     "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "gru",
-    "gru_cell", "linear", "lstm", "lstm_cell", "matmul", "mm", "mv", "multi_head_attention", "prelu", "rnn_relu",
-    "rnn_tanh", "rnn_relu_cell", "rnn_tanh_cell", "scaled_dot_product_attention",
+    "grouped_mm", "gru_cell", "linear", "lstm", "lstm_cell", "matmul", "mm", "mv", "multi_head_attention", "prelu",
+    "rnn_relu", "rnn_tanh", "rnn_relu_cell", "rnn_tanh_cell", "scaled_dot_product_attention",
 })  # fmt: skip
 IN_FLOAT32 = frozenset({
     "__pow__", "__rdiv__", "__rpow__", "acos", "asin", "binary_cross_entropy_with_logits", "cdist", "cosh",

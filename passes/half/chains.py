@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fxopt.grouped_ops import group_bounds
+
 __all__ = ["CHAINS", "Chain", "Rounder"]
 
 _BLOCK = 64
@@ -169,6 +171,13 @@ def _cosine_similarity(r: Rounder, a: Mapping[str, Any]) -> Tensor:
     return r.sum(r(r(x / norms[0]) * r(y / norms[1])), dim)
 
 
+def _grouped(r: Rounder, a: Mapping[str, Any]) -> Tensor:
+    product: Tensor = a["x"].new_zeros(a["x"].shape[0], a["weight"].shape[2])
+    for group, (start, end) in enumerate(group_bounds(a["offsets"])):
+        product[start:end] = r.matmul(a["x"][start:end], a["weight"][group])
+    return product
+
+
 def _linear(r: Rounder, a: Mapping[str, Any]) -> Tensor:
     if not r.sums_in_half:
         return r(torch.nn.functional.linear(a["input"], a["weight"], a.get("bias")))
@@ -200,6 +209,7 @@ CHAINS: dict[str, Chain] = {
     "matmul": lambda r, a: r.matmul(a["self"], a["other"]),
     "mm": lambda r, a: r.matmul(a["self"], a["mat2"]),
     "bmm": lambda r, a: r.matmul(a["self"], a["mat2"]),
+    "grouped_mm": _grouped,
     "sum": lambda r, a: r.sum(a["self"], a.get("dim"), bool(a.get("keepdim"))),
     "mean": lambda r, a: r.mean(a["self"], a.get("dim"), bool(a.get("keepdim"))),
 }

@@ -12,6 +12,7 @@ rounding is used for whole programs by adjoint-based tools (Menon et al., ADAPT,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
@@ -249,6 +250,10 @@ def _signs(output: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     return signs.masked_fill(~finite, 0) / math.sqrt(power) if power > 0 else torch.zeros_like(output)
 
 
+def _yields_floats(n: torch.fx.Node) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and is_float(leaf) for leaf in pytree.tree_leaves(n.meta.get("val")))
+
+
 class _Recorder(EagerInterpreter):
     """Runs a float32 graph, every float value a leaf that gradients can be asked for."""
 
@@ -262,7 +267,9 @@ class _Recorder(EagerInterpreter):
             return super().run_node(n)
         if n.target in (COND, WHILE_LOOP):
             return self._region(n)
-        value = super().run_node(n)
+        # Some operators refuse to be differentiated where they yield integers, as a sum of floats in integers does.
+        with contextlib.nullcontext() if _yields_floats(n) else torch.no_grad():
+            value = super().run_node(n)
         if n.op == "get_attr":
             return value
         value = pytree.tree_map_only(torch.Tensor, self._leaf, value)

@@ -17,6 +17,7 @@ from fxopt.attention_ops import MULTI_HEAD_ATTENTION
 from fxopt.effects import has_effect, is_random
 from fxopt.functionalize import fake_result
 from fxopt.graph_module import graph_modules
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.moves import base_name, name_of
 from fxopt.normalization_ops import MASKED_GROUP_NORM, MASKED_LAYER_NORM
 from fxopt.ops import SELECT_MODE
@@ -38,7 +39,7 @@ __all__ = [
 
 aten = torch.ops.aten
 
-_OWN = {MULTI_HEAD_ATTENTION, MASKED_LAYER_NORM, MASKED_GROUP_NORM, SELECT_MODE}
+_OWN = {MULTI_HEAD_ATTENTION, MASKED_LAYER_NORM, MASKED_GROUP_NORM, SELECT_MODE, GROUPED_MM}
 _PROMOTING = {
     "add", "addcdiv", "addcmul", "atan2", "clamp", "clamp_max", "clamp_min", "div", "fmax", "fmin", "fmod", "full",
     "full_like", "lerp", "masked_fill", "maximum", "minimum", "mul", "new_full", "pow", "remainder", "rsub",

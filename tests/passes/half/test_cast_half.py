@@ -11,9 +11,11 @@ import fxopt
 from fxopt import passes
 from fxopt.errors import PassError
 from fxopt.export import Session, to_onnx
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.manager import tensor_bytes
 from fxopt.numerics import measure
 from fxopt.passes.half import Emulated, PrecisionPlan
+from tests.models.mixtures import SortedExperts
 from tests.passes.half.nets import Branching, Looping, Tied, Vision, casts_of, transformer
 
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=("float16", "bfloat16"))
@@ -39,6 +41,14 @@ def test_all_of_a_well_behaved_net_is_half_with_a_cast_at_each_end(name, dtype):
     half = halved(name, dtype)
     assert len(casts_of(half)) == 2
     assert {node.meta["val"].dtype for node in half.graph.nodes if node.name == "linear"} <= {dtype}
+
+
+@pytest.mark.parametrize("pass_", [passes.CastHalf("bfloat16", min_sqnr_db=15), passes.MixedPrecision("bfloat16")])
+def test_experts_multiply_in_half_behind_counts_that_are_integers(pass_):
+    torch.manual_seed(0)
+    gm = fxopt.capture(SortedExperts().eval(), (torch.randn(6, 32),), dynamic_shapes=({0: "tokens"},))
+    half = fxopt.optimize(gm, [pass_], strict=True)
+    assert [n.meta["val"].dtype for n in half.graph.nodes if n.target is GROUPED_MM] == [torch.bfloat16] * 2
 
 
 @HALVES

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxopt
+from fxopt.grouped_ops import GROUPED_MM
 from fxopt.passes.half import Emulated
 from fxopt.passes.half.emulate import half_call
 from tests.passes.half.nets import Branching, Looping, all_half, applied, graph_of, transformer
@@ -119,6 +120,7 @@ STEPS = {
     "cosine": (aten.cosine_similarity.default, (torch.linspace(0.1, 0.9, 32),), {}, None),
     "attention": (aten.scaled_dot_product_attention.default, None, {}, None),
     "mean": (aten.mean.dim, ([1],), {}, lambda x: x.mean(1)),
+    "groups": (GROUPED_MM, (torch.rand(2, 32, 3), torch.tensor([1, 3])), {}, None),
     "a composite": (aten.cross_entropy_loss.default, (torch.tensor([1, 2, 3, 0]),), {}, None),
 }
 
