@@ -136,6 +136,8 @@ def _fill_values(graph: torch.fx.Graph) -> None:
             found: Any = owner
             for part in str(node.target).split("."):
                 found = getattr(found, part)
+            if not isinstance(found, torch.Tensor):  # the graph of a branch or loop, which has no value
+                continue
             from torch._guards import detect_fake_mode
 
             mode = detect_fake_mode([n.meta["val"] for n in graph.nodes if "val" in n.meta])
