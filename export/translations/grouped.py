@@ -8,15 +8,16 @@ No row is multiplied by the matrix of another group, and a group without rows co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from fxopt.export.emitter import Emitter, Value, dims, dtype_of, tensor_of
+from fxopt.export.emitter import Emitter, Number, Value, dims, dtype_of, tensor_of
 from fxopt.export.registry import Refused, translates
 from fxopt.export.translations.weight_only import product_with_blocks
-from fxopt.grouped_ops import GROUPED_MM
+from fxopt.grouped_ops import GROUPED_MM, JOIN_GROUPS, SPLIT_GROUPS
 from fxopt.weight_only_ops import GROUPED_MATMUL_NBITS
 
 __all__ = ["products_of_groups"]
@@ -68,17 +69,35 @@ def products_of_groups(
         columns: Columns of each product.
         multiplied: Emits the product of the rows of a group.
     """
+    parts = split_groups(emit, x, offsets)
+    products = [multiplied(part, group) for group, part in enumerate(parts)]
+    return _joined(emit, products, dims(x)[0], columns)
+
+
+@translates(SPLIT_GROUPS)
+def split_groups(emit: Emitter, x: Value, offsets: Value) -> list[Value]:
     rows, groups = dims(x)[0], int(dims(offsets)[0])
     ends = emit.cast(offsets, torch.int64)
     last = emit("Concat", ends, emit.sizes.vector([rows]), axis=0, dims=(groups + 1,))
     first = emit("Concat", [0], ends, axis=0, dims=(groups + 1,))
     sizes = emit("Sub", last, first, dims=(groups + 1,))
     *parts, _ = emit.many("Split", x, sizes, outputs=groups + 1, axis=0)
-    products = [multiplied(part, group) for group, part in enumerate(parts)]
-    left = emit("Slice", sizes, [groups], [groups + 1], [0], dims=(1,))
-    zero = emit.number(0, dtype_of(x))
-    rest = emit("Expand", zero, emit("Concat", left, emit.sizes.vector([columns]), axis=0, dims=(2,)))
-    return emit("Concat", *products, rest, axis=0, dims=(rows, columns))
+    return list(parts)
+
+
+@translates(JOIN_GROUPS)
+def join_groups(emit: Emitter, parts: Sequence[Value], rows: Number) -> Value:
+    return _joined(emit, parts, rows, dims(parts[0])[1])
+
+
+def _joined(emit: Emitter, parts: Sequence[Value], rows: Any, columns: Any) -> Value:
+    """Return the parts one after the other, and zeros up to the number of rows."""
+    whole = emit("Concat", *parts, axis=0)
+    held = emit("Shape", whole, start=0, end=1, dims=(1,))
+    left = emit("Sub", emit.sizes.vector([rows]), held, dims=(1,))
+    shape = emit("Concat", left, emit.sizes.vector([columns]), axis=0, dims=(2,))
+    rest = emit("Expand", emit.number(0, dtype_of(parts[0])), shape)
+    return emit("Concat", whole, rest, axis=0, dims=(rows, columns))
 
 
 def _parts(emit: Emitter, value: Value, groups: object) -> list[Value]:

@@ -83,7 +83,7 @@ class AdaRound(PlannedPass):
             rw, self.plan, self.target, calibration_of(rw.gm), megabytes=self.megabytes, with_targets=True
         )
         for layer, settle in layers:
-            if layer.on_grid:
+            if layer.on_grid or not any(layer.layout.count(x) for x in layer.inputs):
                 continue
             rows = LayerRows.of(layer, self.seed, asymmetric=self.asymmetric)
             low, high = layer.spec.limits
@@ -126,16 +126,19 @@ class LayerRows:
         wanted = min(_share(size, _ROWS), max(1, _BYTES // (4 * groups * size)))
         counts = [layer.layout.count(x) for x in layer.inputs]
         draw = torch.Generator().manual_seed(seed)
+        # Where values decide which rows a layer gets, those of the float graph are others.
+        asymmetric &= counts == [layer.layout.outcomes(y) for y in layer.targets]
         drawn = torch.randperm(sum(counts), generator=draw)[:wanted].sort().values
         inputs, targets, start = [], [], 0
         for x, y, count in zip(layer.inputs, layer.targets, counts, strict=True):
             chosen = drawn[(drawn >= start) & (drawn < start + count)] - start
             inputs.append(layer.layout.rows(x, chosen))
-            targets.append(layer.layout.results(y, chosen))
+            if asymmetric:
+                targets.append(layer.layout.results(y, chosen))
             start += count
-        low, high = layer.limits
-        rows = cls(torch.cat(inputs, 1).contiguous(), torch.cat(targets, 1).contiguous(), layer.bias, low, high)
-        return rows if asymmetric else dataclasses.replace(rows, targets=rows._results(rows.inputs, layer.weight))
+        read = torch.cat(inputs, 1).contiguous()
+        rows = cls(read, torch.cat(targets, 1).contiguous() if asymmetric else read, layer.bias, *layer.limits)
+        return rows if asymmetric else dataclasses.replace(rows, targets=rows._results(read, layer.weight))
 
     def errors(self, weight: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error of each channel for weights f32[groups, out, in], f32[groups, out]."""

@@ -181,8 +181,11 @@ def _lacking(site: Site, values: Sequence[torch.Tensor], means: Mapping[str, tor
             moved = [value + beside for value in some]
         return _by_row(site, (_applied(rectifiers, site.node, value) for value in moved))
 
-    before = read()
-    errors = means[_read_node(site).name] - before
+    before, wanted = read(), means.get(_read_node(site).name)
+    if wanted is None or not len(wanted) or len(wanted) != len(before):
+        # Where values decide which rows a layer gets, noise decides it too: they cannot be compared one by one.
+        return before.new_zeros(before.shape[1])
+    errors = wanted - before
     if not rectifiers:
         return _beyond_chance(errors)
     error = errors.mean(0)

@@ -1,16 +1,18 @@
-"""The matrices of groups of rows, which the experts of a mixture are, in blocks of few bits."""
+"""The matrices of groups of rows, which the experts of a mixture are: by whom they are read, and each as a layer."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 
 import torch
 
 from fxopt.args import arg, dtype, shape, tensor_arg
-from fxopt.grouped_ops import GROUPED_MM
-from fxopt.passes.quantize.stored_weights import LayerWeight
+from fxopt.grouped_ops import GROUPED_MM, JOIN_GROUPS, SPLIT_GROUPS
+from fxopt.passes.quantize.stored_weights import LayerWeight, StoredWeights
+from fxopt.rewriter import Rewriter
 
-__all__ = ["calls_of", "grouped_refusal", "outputs_in_rows"]
+__all__ = ["calls_of", "grouped_refusal", "outputs_in_rows", "separate_groups"]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -54,3 +56,28 @@ def outputs_in_rows(weight: LayerWeight) -> torch.Tensor:
     (turned,) = {turned for _, turned in calls_of(weight)}
     held = weight.tensor.detach()
     return held if turned else held.transpose(1, 2)
+
+
+def separate_groups(rw: Rewriter) -> None:
+    """Give each group a linear layer of its own, which can be quantized by itself, where the matrices are constants."""
+    for weight in StoredWeights(rw).weights(rw, [GROUPED_MM], skip=(), min_elements=0):
+        if (reason := grouped_refusal(weight)) is not None:
+            rw.skip(weight.layer, reason)
+            continue
+        matrices, why = outputs_in_rows(weight), "a layer for each group"
+        for call, _ in calls_of(weight):
+            _separate(rw, call, weight.path, matrices, why)
+
+
+def _separate(rw: Rewriter, call: Node, path: str, matrices: torch.Tensor, why: str) -> None:
+    x, offsets = tensor_arg(call, "x"), tensor_arg(call, "offsets")
+    parts = rw.insert_call(SPLIT_GROUPS, (x, offsets), before=call, why=why)
+    products = []
+    for group, matrix in enumerate(matrices):
+        part = rw.insert_call(operator.getitem, (parts, group), before=call, why=why)
+        held = rw.constant(f"{path}_{group}", matrix.clone(), near=call)
+        products.append(rw.insert_call(aten.linear.default, (part, held), before=call, why=why))
+    rows = shape(x)[0]
+    if not isinstance(rows, int):
+        rows = rw.insert_call(aten.sym_size.int, (x, 0), before=call, why=why)
+    rw.replace_call(call, JOIN_GROUPS, (products, rows), why=why)

@@ -206,7 +206,8 @@ class IntegerLayer:
     ) -> torch.Tensor:
         """Return the result for integers of an input, in its layout; see :class:`IntegerProduct`."""
         if self.axes == 0:
-            return self.product(integers.flatten(0, -2).contiguous(), shift, result).reshape(*integers.shape[:-1], -1)
+            rows = self.product(integers.flatten(0, -2).contiguous(), shift, result)
+            return rows.reshape(*integers.shape[:-1], rows.shape[-1])
         found = self._convolved(integers, shift, result)
         if self.axes == 1:
             return found.contiguous()

@@ -94,6 +94,11 @@ class LayerMatrix:
         """Return the number of rows of an input."""
         return self.places(x).numel()
 
+    def outcomes(self, y: torch.Tensor) -> int:
+        """Return the number of rows of an output."""
+        channels = y.shape[y.ndim - 1 - self.spatial] if self.spatial else y.shape[-1]
+        return y.numel() // channels
+
     def results(self, y: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """Return an output of the layer as ``[groups, rows, out]``, the rows with the numbers ``chosen``."""
         if self.spatial:

@@ -7,6 +7,8 @@
     before:  y = mean(x, [2, 3], keepdim=True)        after:  y = adaptive_avg_pool2d(x, [1, 1])
     before:  y = mean(mean(x, [3]), [2])              after:  as for [2, 3]
     before:  y = relu(max_pool2d(conv2d(x, ...), 2))  after:  y = max_pool2d(relu(conv2d(x, ...)), 2)
+    before:  y = grouped_mm(x, w, offsets)            after:  p, q = split_groups(x, offsets)
+                                                              y = join_groups([linear(p, w0), linear(q, w1)], rows)
 
 The same functions of real numbers, rounded in another order.
 """
@@ -23,6 +25,7 @@ from fxopt.contracts import Contract
 from fxopt.layer_operators import CONVOLUTIONS, MAX_POOLS
 from fxopt.limits import LIMITS, limits_of
 from fxopt.pass_base import Pass
+from fxopt.passes.quantize.grouped_blocks import separate_groups
 from fxopt.passes.quantize.placement import is_float, move_source
 from fxopt.passes.quantize.target import ORT_CPU
 from fxopt.rewriter import Rewriter
@@ -62,6 +65,7 @@ class LowerForIntegers(Pass):
             _split_as_slices(rw, node)
         for node in rw.calls(*LIMITS):
             _limit_before_pools(rw, node)
+        separate_groups(rw)
 
 
 def _limit_before_pools(rw: Rewriter, node: torch.fx.Node) -> None:

@@ -101,6 +101,9 @@ class SmoothQuant(ObservingPass):
         for value in rw.nodes_of(rw.gm):
             if value in groups:
                 group, weights = groups[value], [_by_input(rw, site) for site in groups[value].readers]
+                if not seen.sketches[value.name].count:
+                    rw.skip(value, "no calibration input reaches it")
+                    continue
                 largest = seen.sketches[value.name].channel_largest.double()
                 factor = self._factor(largest, weights, seen.rows.get(value.name))
                 if factor is None:

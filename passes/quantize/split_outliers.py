@@ -80,7 +80,11 @@ class SplitOutliers(ObservingPass):
         if left := [name for name in names if name not in sketches]:
             sketches |= calibrate(rw.gm, left, calibration_of(rw.gm), channels=dict.fromkeys(left, -1))
         for site in sites:
-            largest = sketches[site.operands[0].name].channel_largest
+            seen = sketches[site.operands[0].name]
+            if not seen.count:
+                rw.skip(site.node, "no calibration input reaches it")
+                continue
+            largest = seen.channel_largest
             assert site.weight is not None  # _wide_layers() asked for one
             used = rw.tensor(site.weight).detach().any(0)
             chosen = outlier_channels(torch.where(used, largest, 0.0), self.most, self.ratio)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.grouped_ops import GROUPED_MM, as_grouped_mm
+from fxopt.grouped_ops import GROUPED_MM, JOIN_GROUPS, SPLIT_GROUPS, as_grouped_mm
 
 
 def by_formula(x: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -37,6 +37,27 @@ def test_gradients_are_those_of_each_product() -> None:
     operands = torch.randn(8, 5, dtype=torch.float64), torch.randn(3, 5, 4, dtype=torch.float64)
     x, weight = (operand.requires_grad_() for operand in operands)
     assert torch.autograd.gradcheck(lambda a, b: GROUPED_MM(a, b, torch.tensor([2, 2, 7])), (x, weight))
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(0, 3))
+def test_groups_that_are_split_and_joined_are_the_rows_that_they_were(sizes: list[int], left: int) -> None:
+    x, offsets = torch.randn(sum(sizes) + left, 3), torch.tensor(sizes).cumsum(0)
+    parts = SPLIT_GROUPS(x, offsets)
+    assert [len(part) for part in parts] == sizes
+    joined = JOIN_GROUPS(parts, len(x))
+    assert torch.equal(joined[: sum(sizes)], x[: sum(sizes)])
+    assert not joined[sum(sizes) :].any()
+
+
+def test_gradients_go_through_splitting_and_joining() -> None:
+    x, offsets = torch.randn(8, 3, dtype=torch.float64, requires_grad=True), torch.tensor([2, 2, 7])
+
+    def function(x: Tensor) -> Tensor:
+        first, second, third = SPLIT_GROUPS(x, offsets)
+        joined: Tensor = JOIN_GROUPS([first * 2, second, third.sin()], 8)
+        return joined
+
+    assert torch.autograd.gradcheck(function, (x,))
 
 
 @pytest.mark.parametrize(
