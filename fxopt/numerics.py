@@ -7,7 +7,8 @@ error that the graph has in its own precision is the unit, and a rewrite may hav
 
 The first term holds what the length of dot products and the depth of the graph cost on these very inputs; the second
 keeps the bound above zero where the graph happens to be exact, eps being that of the type in which an output was
-rounded, which may be stored in a wider one. Half of all digits is the most that counts as rounding.
+rounded, which may be stored in a wider one. Half of all digits is the most that counts as rounding. What is smaller than
+the smallest normal number of float32 always does: subnormal numbers have few digits, and kernels may flush them to 0.
 Error analysis of the same kind: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.
 """
 
@@ -41,6 +42,7 @@ __all__ = [
     "violation",
 ]
 
+_SUBNORMAL = torch.finfo(torch.float32).tiny  # where they begin
 FLOOR_EPS = 4.0
 _WIDER = {
     torch.float32: torch.float64,
@@ -255,7 +257,7 @@ def _noise(output: Any, precise: Any, unit: float, eps: float) -> float:
     measured = measure(precise[finite].to(_WIDER.get(output.dtype, output.dtype)), output[finite]).max_abs
     scale = float(precise[finite].abs().max())
     floor = FLOOR_EPS * max(unit, torch.finfo(output.dtype).eps) * scale
-    return min(max(measured, floor), largest_noise(output, precise, eps))
+    return max(min(max(measured, floor), largest_noise(output, precise, eps)), _SUBNORMAL)
 
 
 def largest_noise(output: torch.Tensor, precise: torch.Tensor, eps: float) -> float:

@@ -180,3 +180,15 @@ def test_no_bound_is_as_wide_as_the_signal() -> None:
     outputs = gm.flat_outputs(*gm.samples[0].args)
     found = reference(gm, outputs, gm.flatten_inputs(*gm.samples[0].args))
     assert 0 < found.noise[0] < 1e-3
+
+
+def test_what_is_smaller_than_any_normal_number_is_rounding() -> None:
+    """As from nets with small random weights, layer behind layer: the digits of such an output are few, or none."""
+    gm = fxopt.capture(lambda x: x * 1e-20 * 1e-21, (torch.randn(4, 3),))
+    x = torch.randn(4, 3)
+    want = gm(x)
+    held = reference(gm, [want], [x])
+    assert 0 < float(want.abs().max()) < torch.finfo(torch.float32).tiny
+    contract = Contract("ROUNDING", 4.0)
+    assert violation(contract, want, want * 0, held.precise[0], held.noise[0]) is None
+    assert violation(contract, want, want + 1e-36, held.precise[0], held.noise[0]) is not None
