@@ -7,8 +7,9 @@ error that the graph has in its own precision is the unit, and a rewrite may hav
 
 The first term holds what the length of dot products and the depth of the graph cost on these very inputs; the second
 keeps the bound above zero where the graph happens to be exact, eps being that of the type in which an output was
-rounded, which may be stored in a wider one. Half of all digits is the most that counts as rounding. What is smaller than
-the smallest normal number of float32 always does: subnormal numbers have few digits, and kernels may flush them to 0.
+rounded, which may be stored in a wider one. Half of all digits is the most that counts as rounding. What is smaller
+than the smallest normal number of float32 always does: subnormal numbers have few digits, and kernels may flush them to
+0.
 Error analysis of the same kind: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 3.
 """
 

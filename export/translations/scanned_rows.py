@@ -1,8 +1,10 @@
 """Rows that each turn of a loop writes, one after the other: ONNX's Loop collects them, and copies no buffer.
 
-rows = zeros(n, ...)                      Loop body: ..., row     (a scan output)
-for i in range(n):                        rows = the scan output
-rows[i] = row
+    rows = zeros(n, ...)                      Loop body: ..., row     (a scan output)
+    for i in range(n):                        rows = the scan output
+        rows[i] = row
+
+Other writes copy the whole buffer on each turn.
 """
 
 from __future__ import annotations
@@ -79,7 +81,12 @@ def _counts(variable: Node, after: Node, start: Value) -> bool:
     held = tensor_of(start)
     if held is None or held.numel() != 1 or int(held) != 0:
         return False
-    return after.target is aten.add.Tensor and list(after.args) == [variable, 1] and not after.kwargs
+    return (
+        isinstance(after, Node)
+        and after.target is aten.add.Tensor
+        and list(after.args) == [variable, 1]
+        and not after.kwargs
+    )
 
 
 def _turns(call: Node, condition: Graph, counter: int) -> Any:

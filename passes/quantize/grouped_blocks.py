@@ -66,16 +66,17 @@ def separate_groups(rw: Rewriter) -> None:
             continue
         matrices, why = outputs_in_rows(weight), "a layer for each group"
         for call, _ in calls_of(weight):
-            _separate(rw, call, weight.path, matrices, why)
+            _separate(rw, call, weight, matrices, why)
 
 
-def _separate(rw: Rewriter, call: Node, path: str, matrices: torch.Tensor, why: str) -> None:
+def _separate(rw: Rewriter, call: Node, weight: LayerWeight, matrices: torch.Tensor, why: str) -> None:
+    trainable = weight.tensor.requires_grad
     x, offsets = tensor_arg(call, "x"), tensor_arg(call, "offsets")
     parts = rw.insert_call(SPLIT_GROUPS, (x, offsets), before=call, why=why)
     products = []
     for group, matrix in enumerate(matrices):
         part = rw.insert_call(operator.getitem, (parts, group), before=call, why=why)
-        held = rw.constant(f"{path}_{group}", matrix.clone(), near=call)
+        held = rw.constant(f"{weight.path}_{group}", matrix.clone(), near=call, trainable=trainable)
         products.append(rw.insert_call(aten.linear.default, (part, held), before=call, why=why))
     rows = shape(x)[0]
     if not isinstance(rows, int):

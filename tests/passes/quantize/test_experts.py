@@ -12,7 +12,7 @@ import fxopt
 from fxopt.export import coverage, to_onnx
 from fxopt.grouped_ops import GROUPED_MM, JOIN_GROUPS, SPLIT_GROUPS
 from fxopt.numerics import measure
-from fxopt.passes import Quantize
+from fxopt.passes import ConvertQat, PrepareQat, Quantize
 from fxopt.passes.quantize.lower_for_integers import LowerForIntegers
 from fxopt.testing import check_pass
 from tests.models.mixtures import SortedExperts
@@ -75,6 +75,27 @@ def test_all_experts_that_are_chosen_multiply_in_integers(net: str) -> None:
     assert found.integer_share == 1.0  # of what is computed: an expert that nobody chooses is not
     assert found.kernels["linear"] == (7 if "idle" in net else 9, 9)
     assert measure(gm(BATCHES[1]).detach(), file.session().run((BATCHES[1],))[0]).sqnr_db > 20
+
+
+@pytest.mark.ort
+def test_experts_are_trained_with_quantizers_in_place() -> None:
+    torch.manual_seed(0)
+    gm = fxopt.capture(SortedExperts(), (BATCHES[0],), dynamic_shapes=({0: "tokens"},))
+    trained = fxopt.optimize(gm, [PrepareQat()], calibration=BATCHES, strict=True).train()
+    before = {name: held.detach().clone() for name, held in trained.named_parameters()}
+    assert len(before) == 1 + 2 * 4
+    optimizer = torch.optim.Adam(trained.parameters(), 1e-2)
+    losses = []
+    for x in BATCHES * 4:
+        loss = (trained(x) - x.roll(1, 1)).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8])
+    assert all(not torch.equal(held, before[name]) for name, held in trained.named_parameters())
+    file = to_onnx(fxopt.optimize(trained.eval(), [ConvertQat()], strict=True))
+    assert coverage(file).kernels["linear"] == (9, 9)
 
 
 def test_rows_that_noise_sends_elsewhere_leave_the_biases_alone() -> None:
