@@ -78,15 +78,15 @@ def test_matrices_that_are_read_in_two_ways_stay() -> None:
 @pytest.mark.ort
 @pytest.mark.parametrize("by_rows", [True, False])
 def test_a_mixture_runs_in_blocks_whichever_experts_are_chosen(by_rows: bool) -> None:
-    model = SortedExperts(by_rows=by_rows).eval()
-    gm = fxopt.capture(model, (torch.randn(6, 32),), dynamic_shapes=({0: "tokens"},))
+    model = SortedExperts(width=64, by_rows=by_rows).eval()
+    gm = fxopt.capture(model, (torch.randn(6, 64),), dynamic_shapes=({0: "tokens"},))
     file = to_onnx(fxopt.optimize(gm, [QuantizeWeights(min_elements=256)], strict=True))
     smaller = len(to_onnx(gm).to_bytes()) / len(file.to_bytes())
     assert Counter(op_types(file))["MatMulNBits"] == 2 * 4
-    assert smaller > 2.5  # the nodes included
+    assert smaller > 4  # of 7, the nodes included
     session = Session(file.to_bytes())
     for tokens in (1, 2, 50):  # of few tokens most experts get none
-        x = torch.randn(tokens, 32)
+        x = torch.randn(tokens, 64)
         assert fxopt.numerics.measure(model(x).detach(), session.run((x,))[0]).sqnr_db > 12
 
 
