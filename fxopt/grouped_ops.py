@@ -71,13 +71,12 @@ def _shapes_of_groups(x: Tensor, offsets: Tensor) -> list[Tensor]:
     return [x.new_empty(context.new_dynamic_size(), x.shape[1]) for _ in range(offsets.shape[0])]
 
 
-def _keep_offsets(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
-    x, _ = inputs
-    ctx.shape = x.shape
+def _keep_rows(ctx: Any, inputs: tuple[Tensor, ...], output: list[Tensor]) -> None:
+    ctx.rows = inputs[0].shape[0]
 
 
 def _gradient_of_split(ctx: Any, outer: list[Tensor]) -> tuple[Tensor, None]:
-    return _join_groups(outer, ctx.shape[0]), None
+    return _join_groups(outer, ctx.rows), None
 
 
 def _join_groups(parts: list[Tensor], rows: int) -> Tensor:
@@ -101,7 +100,7 @@ _LIBRARY.impl("split_groups", _split_groups, "CompositeExplicitAutograd")
 _LIBRARY.impl("join_groups", _join_groups, "CompositeExplicitAutograd")
 torch.library.register_fake("fxopt::split_groups", _shapes_of_groups)
 torch.library.register_fake("fxopt::join_groups", _shape_of_join)
-torch.library.register_autograd("fxopt::split_groups", _gradient_of_split, setup_context=_keep_offsets)
+torch.library.register_autograd("fxopt::split_groups", _gradient_of_split, setup_context=_keep_rows)
 torch.library.register_autograd("fxopt::join_groups", _gradient_of_join, setup_context=_keep_sizes)
 _LIBRARY.impl("grouped_mm", _grouped_mm, "CompositeExplicitAutograd")
 torch.library.register_fake("fxopt::grouped_mm", _shape)

@@ -20,8 +20,6 @@ from fxopt.export.translations.weight_only import product_with_blocks
 from fxopt.grouped_ops import GROUPED_MM, JOIN_GROUPS, SPLIT_GROUPS
 from fxopt.weight_only_ops import GROUPED_MATMUL_NBITS
 
-__all__ = ["products_of_groups"]
-
 
 @translates(GROUPED_MM)
 def grouped_mm(emit: Emitter, x: Value, weight: Value, offsets: Value) -> Value:
@@ -29,7 +27,7 @@ def grouped_mm(emit: Emitter, x: Value, weight: Value, offsets: Value) -> Value:
     if not isinstance(groups, int):
         raise Refused("the number of groups is dynamic")
     matrices = _matrices(emit, weight, groups)
-    return products_of_groups(emit, x, offsets, columns, lambda rows, group: emit("MatMul", rows, matrices[group]))
+    return _products_of_groups(emit, x, offsets, columns, lambda rows, group: emit("MatMul", rows, matrices[group]))
 
 
 @translates(GROUPED_MATMUL_NBITS)
@@ -54,10 +52,10 @@ def grouped_matmul_nbits(
     def multiplied(rows: Value, group: int) -> Value:
         return product_with_blocks(emit, rows, blocks[group], None, *form, None)
 
-    return products_of_groups(emit, x, offsets, columns, multiplied)
+    return _products_of_groups(emit, x, offsets, columns, multiplied)
 
 
-def products_of_groups(
+def _products_of_groups(
     emit: Emitter, x: Value, offsets: Value, columns: object, multiplied: Callable[[Value, int], Value]
 ) -> Value:
     """Return the products of all groups, and zeros for the rows behind the last one.
@@ -114,14 +112,11 @@ def _matrices(emit: Emitter, weight: Value, groups: int) -> list[Value]:
     turned = producer is not None and producer.op_type == "Transpose"
     stored = producer.inputs[0] if producer is not None and turned else weight
     if stored is None or (held := tensor_of(stored)) is None or (turned and _order(producer) != [0, 2, 1]):
-        return [emit("Gather", weight, group, axis=0, dims=dims(weight)[1:]) for group in _numbers(emit, groups)]
+        numbers = [emit.number(group, torch.int64) for group in range(groups)]
+        return [emit("Gather", weight, number, axis=0, dims=dims(weight)[1:]) for number in numbers]
     each = [emit.initializer(f"{stored.name}_{group}", held[group]) for group in range(groups)]
     return [emit.transpose(matrix, [1, 0]) for matrix in each] if turned else each
 
 
 def _order(transpose: ir.Node | None) -> list[int]:
     return [] if transpose is None else list(transpose.attributes["perm"].as_ints())
-
-
-def _numbers(emit: Emitter, count: int) -> list[Value]:
-    return [emit.number(number, torch.int64) for number in range(count)]

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxopt.args import shape_text
 from fxopt.control_flow.indexing import get_item
 from fxopt.control_flow.scalars import Undecided
 from fxopt.control_flow.session import Where, refusal, session
 from fxopt.control_flow.state import State, trial
+from fxopt.control_flow.values import same_sizes
 
 __all__ = ["Growth", "Rows", "append", "of_rows"]
 
@@ -186,8 +186,7 @@ class Growth:
             self.buffers[number] = buffer.index_copy(0, place, value.unsqueeze(0))
 
     def _check(self, buffer: torch.Tensor, value: torch.Tensor) -> None:
-        same = buffer.ndim - 1 == value.ndim and buffer.dtype == value.dtype
-        if same and all(statically_known_true(a == b) for a, b in zip(buffer.shape[1:], value.shape, strict=True)):
+        if buffer.dtype == value.dtype and same_sizes(buffer.shape[1:], value.shape):
             return
         raise refusal(
             f"{_GREW} gets tensors that differ from turn to turn",

@@ -79,15 +79,16 @@ def enumerate_(at: Where, items: Any, start: Any = 0) -> Any:
 def zip_(at: Where, *operands: Any, strict: bool = False) -> Any:
     """Return ``zip(*operands)``; Python's own where the graph cannot count all of them."""
     counted = [_from_zero(operand) for operand in operands]
-    rows = [one or _rows_of(operand) for one, operand in zip(counted, operands, strict=True)]
-    stops = [each.stop for each in rows if each is not None]
-    if not any(counted) or None in rows or (strict and not all(_is_same(stops[0], stop) for stop in stops)):
+    found = [one or _rows_of(operand) for one, operand in zip(counted, operands, strict=True)]
+    rows = [each for each in found if each is not None]
+    stops = [each.stop for each in rows]
+    if not any(counted) or None in found or (strict and not all(_is_same(stops[0], stop) for stop in stops)):
         return builtins.zip(*operands, strict=strict)
-    ranges = any(each.unrolled is None for each in rows if each is not None)
+    ranges = any(each.unrolled is None for each in rows)
     return _Counted(
         0,
         functools.reduce(_smaller, stops),
-        item=lambda number: tuple(each.item(number) for each in rows if each is not None),
+        item=lambda number: tuple(each.item(number) for each in rows),
         unrolled=None if ranges else lambda: builtins.zip(*operands, strict=strict),
     )
 
@@ -110,8 +111,8 @@ def _from_zero(items: Any) -> _Counted | None:
     """Return items that the graph counts from 0 on, or None."""
     if isinstance(items, _Counted):
         return items if items.step == 1 and isinstance(items.start, int) and items.start == 0 else None
-    items = items.tensor if isinstance(items, Rows) else items
-    return _rows_of(items) if isinstance(items, torch.Tensor) and items.ndim and is_traced(items.shape[0]) else None
+    rows = _rows_of(items)
+    return rows if rows is not None and is_traced(rows.stop) else None
 
 
 def _rows_of(tensor: Any) -> _Counted | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,16 @@ from torch.utils import _pytree as pytree
 from fxopt.args import shape_text
 from fxopt.control_flow.scalars import Number, TracedNumber, as_number
 
-__all__ = ["UNDEFINED", "Differ", "Undefined", "describe_value", "map_leaves", "pair_leaves", "same_value"]
+__all__ = [
+    "UNDEFINED",
+    "Differ",
+    "Undefined",
+    "describe_value",
+    "map_leaves",
+    "pair_leaves",
+    "same_sizes",
+    "same_value",
+]
 
 
 class Undefined:
@@ -150,7 +159,11 @@ def common_type(a: Any, b: Any, where: str) -> tuple[Any, Any]:
     raise Differ(f"{where} is {describe_value(a)} on one side and {describe_value(b)} on the other")
 
 
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Return whether two shapes are the same for all dynamic sizes."""
+    return len(a) == len(b) and all(statically_known_true(p == q) for p, q in zip(a, b, strict=True))
+
+
 def _check_tensors(a: torch.Tensor, b: torch.Tensor, where: str) -> None:
-    same = a.ndim == b.ndim and all(statically_known_true(p == q) for p, q in zip(a.shape, b.shape, strict=True))
-    if not same or a.dtype != b.dtype or a.device != b.device:
+    if not same_sizes(a.shape, b.shape) or a.dtype != b.dtype or a.device != b.device:
         raise Differ(f"{where} is {shape_text(a)} on one side and {shape_text(b)} on the other")

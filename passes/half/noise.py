@@ -28,7 +28,7 @@ from fxopt.isolation import isolated
 from fxopt.moves import base_name, is_move, is_noiseless
 from fxopt.passes.half.constants import HalfConstants
 from fxopt.passes.half.emulate import Accumulate, half_call
-from fxopt.passes.half.operators import is_float, kept_operands
+from fxopt.passes.half.operators import holds_float, is_float, kept_operands
 from fxopt.passes.half.plan import dtype_name
 from fxopt.regions import COND, WHILE_LOOP
 
@@ -250,10 +250,6 @@ def _signs(output: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
     return signs.masked_fill(~finite, 0) / math.sqrt(power) if power > 0 else torch.zeros_like(output)
 
 
-def _yields_floats(n: torch.fx.Node) -> bool:
-    return any(isinstance(leaf, torch.Tensor) and is_float(leaf) for leaf in pytree.tree_leaves(n.meta.get("val")))
-
-
 class _Recorder(EagerInterpreter):
     """Runs a float32 graph, every float value a leaf that gradients can be asked for."""
 
@@ -268,7 +264,7 @@ class _Recorder(EagerInterpreter):
         if n.target in (COND, WHILE_LOOP):
             return self._region(n)
         # Some operators refuse to be differentiated where they yield integers, as a sum of floats in integers does.
-        with contextlib.nullcontext() if _yields_floats(n) else torch.no_grad():
+        with contextlib.nullcontext() if holds_float(n.meta.get("val")) else torch.no_grad():
             value = super().run_node(n)
         if n.op == "get_attr":
             return value

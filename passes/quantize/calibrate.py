@@ -192,8 +192,7 @@ class _Observer(torch.fx.Interpreter):
         site = self._sites.get(n)
         if site is not None:
             self._run.observe(n, site, value)
-        empty = isinstance(value, torch.Tensor) and not value.numel()  # as of experts that no token chose
-        if self._watch is not None and (not empty or n.op == "output"):
+        if self._watch is not None:
             self._watch(self._run.item, n, value)
         return value
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 
 import torch
 
-from fxopt.args import arg, dtype, shape, tensor_arg
+from fxopt.args import dtype, shape, tensor_arg
 from fxopt.grouped_ops import GROUPED_MM, JOIN_GROUPS, SPLIT_GROUPS
+from fxopt.passes.quantize.matrix_uses import behind_transpositions
 from fxopt.passes.quantize.stored_weights import LayerWeight, StoredWeights
 from fxopt.rewriter import Rewriter
 
@@ -20,24 +20,8 @@ aten = torch.ops.aten
 
 def calls_of(weight: LayerWeight) -> list[tuple[Node, bool]]:
     """Return the calls that read the matrices of all groups, and whether each finds its outputs in their rows."""
-    return [found for read in weight.reads for user in read.users for found in _behind(user, turned=False)]
-
-
-def _behind(node: Node, *, turned: bool) -> Iterator[tuple[Node, bool]]:
-    if not _turns_matrices(node):
-        yield node, turned
-        return
-    for user in node.users:
-        yield from _behind(user, turned=not turned)
-
-
-def _turns_matrices(node: Node) -> bool:
-    """Return whether a call transposes each of the matrices."""
-    if node.target is aten.permute.default:
-        return [axis % 3 for axis in arg(node, "dims")] == [0, 2, 1]
-    if node.target is not aten.transpose.int or len(shape(node)) != 3:
-        return False
-    return {arg(node, "dim0") % 3, arg(node, "dim1") % 3} == {1, 2}
+    readers = [user for read in weight.reads for user in read.users]
+    return [found for reader in readers for found in behind_transpositions(reader, axes=3)]
 
 
 def grouped_refusal(weight: LayerWeight) -> str | None:

@@ -9,7 +9,7 @@ import torch
 
 from fxopt.args import arg, shape, tensor_arg
 
-__all__ = ["INPUT", "LOOKUPS", "WEIGHT", "MatrixUse", "behind_transpositions"]
+__all__ = ["INPUT", "LOOKUPS", "WEIGHT", "MatrixUse", "behind_transpositions", "is_transposition"]
 
 Node = torch.fx.Node
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ class MatrixUse:
             return None
         operand = read = tensor_arg(call, WEIGHT[call.target])
         by_rows = call.target in _ROWS_ARE_OUTPUTS
-        while _is_transposition(read):
+        while is_transposition(read):
             read, by_rows = tensor_arg(read, "self"), not by_rows
         return cls(call, read, operand, by_rows) if read.op == "get_attr" else None
 
@@ -71,19 +71,19 @@ class MatrixUse:
         return matrix if self.call.target in _ROWS_ARE_OUTPUTS else matrix.t()
 
 
-def _is_transposition(node: Node) -> bool:
-    """Return whether a call exchanges the two axes of a matrix."""
+def is_transposition(node: Node, axes: int = 2) -> bool:
+    """Return whether a call exchanges the two axes of a matrix, or the last two of a tensor of ``axes`` axes."""
     if node.op != "call_function" or node.target not in (aten.t.default, aten.transpose.int, aten.permute.default):
         return False
-    if len(shape(tensor_arg(node, "self"))) != 2:
+    if len(shape(tensor_arg(node, "self"))) != axes:
         return False
     if node.target is aten.permute.default:
-        return [axis % 2 for axis in arg(node, "dims")] == [1, 0]
-    return node.target is aten.t.default or arg(node, "dim0") % 2 != arg(node, "dim1") % 2
+        return [axis % axes for axis in arg(node, "dims")] == [*range(axes - 2), axes - 1, axes - 2]
+    return node.target is aten.t.default or {arg(node, "dim0") % axes, arg(node, "dim1") % axes} == {axes - 2, axes - 1}
 
 
-def behind_transpositions(node: Node) -> list[Node]:
-    """Return a node, or what reads it through transpositions if it is one."""
-    if not _is_transposition(node):
-        return [node]
-    return [reader for user in node.users for reader in behind_transpositions(user)]
+def behind_transpositions(node: Node, axes: int = 2) -> list[tuple[Node, bool]]:
+    """Return a node, or what reads it through transpositions if it is one, and whether their number is odd."""
+    if not is_transposition(node, axes):
+        return [(node, False)]
+    return [(reader, not turned) for user in node.users for reader, turned in behind_transpositions(user, axes)]

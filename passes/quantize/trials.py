@@ -153,12 +153,14 @@ class Trials:
         moments = WindowMoments(gm, self.target)
 
         def watch(item: int, node: torch.fx.Node, value: Any) -> None:
+            if item in self._measured and not self._want:
+                outputs.add(item, node, value)
+            if isinstance(value, torch.Tensor) and not value.numel():
+                return  # as of experts that no token chose: there is nothing to learn of it
             drawn.add(node, value)
             if item in self._learned:
                 means.add(node, value)
                 moments.add(node, value)
-            if item in self._measured and not self._want:
-                outputs.add(item, node, value)
 
         along = {name: -1 for name in names if name in wide | smooth and name not in only}
         sketches = calibrate(gm, names, self.items, only=only, channels=along, progress=progress, watch=watch)

@@ -263,7 +263,7 @@ class _Blocks:
             return reason
         if tensor.ndim != 2:
             return f"its constant operand has {tensor.ndim} axes, not 2"
-        for user in [user for read in reads for reader in read.users for user in behind_transpositions(reader)]:
+        for user in [user for read in reads for reader in read.users for user, _ in behind_transpositions(reader)]:
             if self._leaves(user):
                 continue
             other = MatrixUse.of(user)

@@ -112,3 +112,22 @@ def test_rows_that_noise_sends_elsewhere_leave_the_biases_alone() -> None:
     gm = fxopt.capture(model, (BATCHES[0],), dynamic_shapes=({0: "tokens"},))
     small = fxopt.optimize(gm, [Quantize(min_sqnr_db=-20.0)], calibration=BATCHES, strict=True)
     assert measure(gm(BATCHES[0]).detach(), small(BATCHES[0]).detach()).sqnr_db > 3
+
+
+def test_an_output_may_be_empty_for_some_calibration_inputs() -> None:
+    class Chosen(nn.Module):
+        """Scores, and those rows of them that stand out: of most inputs none."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 8)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            scores = self.layer(x)
+            return scores, scores[x[:, 0] > 1e3]
+
+    gm = fxopt.capture(Chosen().eval(), (BATCHES[0],), dynamic_shapes=({0: "rows"},))
+    small = fxopt.optimize(gm, [Quantize()], calibration=BATCHES, strict=True)
+    scores, chosen = small(BATCHES[0])
+    assert measure(gm(BATCHES[0])[0].detach(), scores.detach()).sqnr_db > 20
+    assert chosen.shape == (0, 8)
