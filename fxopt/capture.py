@@ -13,7 +13,7 @@ from fxopt.args import shape_text
 from fxopt.attributes import attach
 from fxopt.control_flow import fold_regions
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
-from fxopt.eager import compare, compare_other_ways, run_eagerly
+from fxopt.eager import compare, compare_other_sizes, compare_other_ways, run_eagerly
 from fxopt.errors import CaptureError, describe
 from fxopt.function_module import as_module
 from fxopt.graph_module import CapturedModule
@@ -67,12 +67,14 @@ def capture(
     if dynamic_shapes is None and len(samples) > 1:
         dynamic_shapes = dimensions_from_samples([bind_arguments(module.forward, sample) for sample in samples])
     wanted = [run_eagerly(module, sample) for sample in samples]
-    gm = _traced(module, samples, dynamic_shapes, modes)
+    gm, any_sizes = _traced(module, samples, dynamic_shapes, modes)
     if verify:
         for sample, want in zip(samples, wanted, strict=True):
             compare(gm, module, sample, want)
         if holds_control_flow(gm):
             compare_other_ways(gm, module, samples)
+        if any_sizes:
+            compare_other_sizes(gm, module)
     return gm
 
 
@@ -142,7 +144,10 @@ def _check_parameters(model: torch.nn.Module) -> None:
             )
 
 
-def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes: Any, modes: str) -> CapturedModule:
+def _traced(
+    model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes: Any, modes: str
+) -> tuple[CapturedModule, bool]:
+    """Return the graph, and whether operators were traced as for sizes above 1."""
     found = trace(model, samples[0], dynamic_shapes)
     tensors = _tensors_of(model)
     reason, valid = "", "both"
@@ -156,14 +161,14 @@ def _traced(model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes:
                 with switched(model, not model.training):
                     other = trace(model, samples[0], dynamic_shapes)
                 _merge(found, other, tensors, first_trains=model.training)
-                valid = "both"
+                valid, found.any_sizes = "both", found.any_sizes or other.any_sizes
             except (CaptureError, Unmergeable) as error:
                 reason = f"tracing it in {there} mode gave: {error}"
     found.graph = fold_regions(found.graph, found.root, found.sites)
     gm = _assemble(found, tensors, samples, persistent=set(model.state_dict()))
     gm.modes, gm.modes_reason = valid, reason  # type: ignore[assignment]  # one of the three texts, by its origin
     gm.training = model.training
-    return gm
+    return gm, found.any_sizes
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from fxopt.isolation import isolated
 from fxopt.numerics import measure
 from fxopt.trace_errors import user_location
 
-__all__ = ["compare", "compare_other_ways", "run_eagerly"]
+__all__ = ["compare", "compare_other_sizes", "compare_other_ways", "run_eagerly"]
 
 
 def run_eagerly(model: torch.nn.Module, sample: Sample) -> list[Any]:
@@ -104,3 +104,35 @@ def compare_other_ways(gm: CapturedModule, module: torch.nn.Module, samples: tup
             except CaptureError:
                 continue  # such inputs are none that the model takes
             compare(gm, module, other, want)
+
+
+def compare_other_sizes(gm: CapturedModule, module: torch.nn.Module) -> None:
+    """Compare graph and model for other sizes of each dynamic axis, one after the other: single rows, fewer and more.
+
+    Raises:
+        CaptureError: they differ, or the graph does not run where the model does.
+    """
+    sample = gm.samples[0]
+    now = gm.sizes_of(gm.flatten_inputs(*sample.args, **sample.kwargs))
+    for name, dimension in gm.dims.items():
+        for size in sorted({1, 2, now[name] + 1, 2 * now[name] - 1} - {now[name]} if name in now else ()):
+            if dimension.allows(size):
+                _compare_resized(gm, module, name, size)
+
+
+def _compare_resized(gm: CapturedModule, module: torch.nn.Module, name: str, size: int) -> None:
+    other = gm.resized({name: size})
+    try:
+        want = run_eagerly(module, other)
+    except CaptureError:
+        return  # the model does not take this size
+    try:
+        compare(gm, module, other, want)
+    except Exception as error:
+        raise CaptureError(
+            describe(
+                f"the captured graph does something else than the model where {name} is {size}",
+                got=str(error).splitlines()[0][:300],
+                try_=f"in dynamic_shapes, a range of {name!r} without {size}, or leave that axis out",
+            )
+        ) from error

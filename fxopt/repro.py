@@ -11,12 +11,12 @@ import torch
 
 from fxopt.contracts import Contract
 from fxopt.errors import describe
+from fxopt.exported_program import quiet
 from fxopt.graph_module import CapturedModule, graph_modules
 from fxopt.isolation import isolated
 from fxopt.numerics import measure, violation
 from fxopt.reduce import Reduced, difference
 from fxopt.serialize import atomic_file, save
-from fxopt.trace import quiet
 
 __all__ = ["commented", "compare", "write_repro"]
 

@@ -15,10 +15,19 @@ from fxopt.control_flow import markers
 from fxopt.control_flow.heap import Heap
 from fxopt.control_flow.jumps import VALUE
 from fxopt.control_flow.questions import is_traced, truth
-from fxopt.control_flow.scalars import TracedNumber
+from fxopt.control_flow.scalars import TracedNumber, as_number
 from fxopt.control_flow.session import Raised, Where, in_branch, place, refusal, session
+from fxopt.control_flow.sizes import SizeCondition, all_of, any_of, condition_of, joined_sizes
 from fxopt.control_flow.state import NO_STATE, State
-from fxopt.control_flow.values import UNDEFINED, Differ, map_leaves, pair_leaves, same_value
+from fxopt.control_flow.values import (
+    UNDEFINED,
+    Differ,
+    common_type,
+    map_leaves,
+    pair_leaves,
+    same_sizes,
+    same_value,
+)
 
 __all__ = [
     "and_", "assert_", "if_", "if_expression", "not_", "or_", "raised", "trace_branch", "truth_and_", "truth_or_",
@@ -60,7 +69,7 @@ def trace_branch(
     if isinstance(first, Raised) or isinstance(second, Raised):
         return _one_side_raises(first, second, predicate, state, heap, at)
     (result, values, written), (result_2, values_2, written_2) = first, second
-    choose = _chooser(region)
+    choose = _chooser(region, condition_of(test))
     try:
         merged = [
             pair_leaves(a, b, choose, _told(name)) if name in state.live else _dead(a, b)
@@ -76,6 +85,10 @@ def trace_branch(
         ) from None
     state.put(merged)
     return outcome
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.SymInt) or type(value) is int
 
 
 def _told(name: str) -> str:
@@ -97,13 +110,15 @@ def _traced_side(run: Callable[[], Any], state: State, heap: Heap, region: int) 
     known: dict[int, Any] = {}
 
     def left(leaf: Any) -> Any:
+        if isinstance(leaf, torch.SymBool | torch.SymFloat):
+            leaf = as_number(leaf)  # here: what is computed of a size inside has no node outside
         tensor = leaf.tensor if isinstance(leaf, TracedNumber) else leaf
         if not isinstance(tensor, torch.Tensor):
             return leaf
         if id(tensor) not in known:
             known[id(tensor)] = (tensor, markers.LEAVE(tensor, region))
         inside = known[id(tensor)][1]
-        return TracedNumber(inside) if isinstance(leaf, TracedNumber) else inside
+        return TracedNumber(inside, leaf.condition) if isinstance(leaf, TracedNumber) else inside
 
     before = {id(leaf) for leaf in heap.known_leaves()}
 
@@ -115,15 +130,29 @@ def _traced_side(run: Callable[[], Any], state: State, heap: Heap, region: int) 
     return leave(result), values, heap.written(leave)
 
 
-def _chooser(region: int) -> Callable[[Any, Any, str], Any]:
+def _chooser(region: int, condition: SizeCondition | None) -> Callable[[Any, Any, str], Any]:
     def choose(a: Any, b: Any, where: str) -> Any:
+        if _is_size(a) and _is_size(b) and (sizes := joined_sizes([a], [b], condition)):
+            return sizes[0]
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            a, b = _fitted(a, b, region, condition)
+        a, b = common_type(a, b, where)
         if isinstance(a, TracedNumber):
-            return TracedNumber(choose(a.tensor, b.tensor, where))
-        if isinstance(a, torch.Tensor):
-            return markers.MERGE(a, b, region)
-        raise Differ(f"{where} is {a!r} on one side and {b!r} on the other")
+            return TracedNumber(markers.MERGE(a.tensor, b.tensor, region))
+        return markers.MERGE(a, b, region)
 
     return choose
+
+
+def _fitted(
+    a: torch.Tensor, b: torch.Tensor, region: int, condition: SizeCondition | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return both with the same sizes, where the condition that decides between them makes these equal."""
+    sizes = joined_sizes(a.shape, b.shape, condition)
+    if sizes is None:
+        return a, b
+    first, second = (t if same_sizes(t.shape, sizes) else markers.FIT(t, sizes, region) for t in (a, b))
+    return first, second
 
 
 def _one_side_raises(first: Any, second: Any, predicate: torch.Tensor, state: State, heap: Heap, at: Where) -> Any:
@@ -164,7 +193,7 @@ def truth_or_(at: Where, first: Any, *rest: Callable[[], Any]) -> Any:
 
 
 def _truth_number(value: Any, at: Where) -> Any:
-    return TracedNumber(truth(value, at)) if is_traced(value) else bool(value)
+    return TracedNumber(truth(value, at), condition_of(value)) if is_traced(value) else bool(value)
 
 
 def _shortcut(
@@ -173,21 +202,28 @@ def _shortcut(
     value = form(first)
     if not rest:
         return value
+    last: Any = None
 
     def others() -> Any:
-        return _shortcut(at, rest[0](), rest[1:], form, stop=stop)
+        nonlocal last
+        last = _shortcut(at, rest[0](), rest[1:], form, stop=stop)
+        return last
 
     if not is_traced(value):
         return value if bool(value) is stop else others()
     side, other = ((lambda: value), others) if stop else (others, (lambda: value))
-    return trace_branch(value, side, other, NO_STATE, at, is_shortcut=True)
+    outcome = trace_branch(value, side, other, NO_STATE, at, is_shortcut=True)
+    if isinstance(outcome, TracedNumber):
+        outcome.condition = (any_of if stop else all_of)(condition_of(value), condition_of(last))
+    return outcome
 
 
 def not_(value: Any) -> Any:
     """Return ``not value``."""
     if not is_traced(value):
         return not value
-    return TracedNumber(truth(value, ("", 0, "")).logical_not())
+    condition = condition_of(value)
+    return TracedNumber(truth(value, ("", 0, "")).logical_not(), condition.negated() if condition else None)
 
 
 def assert_(test: Any, message: Callable[[], Any], at: Where) -> None:

@@ -19,7 +19,9 @@ import torch
 
 from fxopt.args import source_line
 from fxopt.control_flow import markers
+from fxopt.control_flow.cheap import is_cheap
 from fxopt.control_flow.session import Site, refusal
+from fxopt.control_flow.size_nodes import SizeNodes
 from fxopt.effects import has_effect, is_in_place
 from fxopt.regions import COND, WHILE_LOOP, add_placeholders, add_results
 
@@ -108,6 +110,7 @@ class _Folder:
     def __init__(self, graph: torch.fx.Graph, root: torch.nn.Module, sites: dict[int, Site]) -> None:
         self.old, self.root, self.sites = graph, root, sites
         self.count = {"branch": 0, "loop": 0}
+        self.sizes = SizeNodes(graph)
 
     def run(self) -> torch.fx.Graph:
         first = next(node for node in self.old.nodes if node.op != "placeholder")
@@ -153,9 +156,28 @@ class _Folder:
                 region.following = [_unleft(value) for value in node.args[0]]
             elif target in (markers.MERGE, markers.LOOP_RESULT):
                 known[node.args[-1]].results.append(node)
-            elif target is not markers.LEAVE:
+            elif target not in (markers.LEAVE, markers.FIT):
                 items.append(node)
-        return open_[0][1]
+        for new in known.values():
+            for result in new.results:
+                self._fit(result, new)
+        return [*self.sizes.made, *open_[0][1]]
+
+    def _fit(self, result: Node, region: _Region) -> None:
+        """Fill up, on its side, what is to have other sizes than it has: by none, wherever that side runs."""
+        for side, fit in enumerate(result.args[:2]):
+            if not isinstance(fit, Node) or fit.target is not markers.FIT:
+                continue
+            value = _unleft(fit.args[0])
+            pairs = zip(value.meta["val"].shape, fit.meta["val"].shape, strict=True)
+            ends = [[0, self.sizes.difference(wanted, got)] for got, wanted in reversed(list(pairs))]
+            with self.old.inserting_before(fit):
+                call = (aten.constant_pad_nd.default, (value, [item for end in ends for item in end]))
+                filled = self.old.call_function(*call)
+            filled.meta = dict(fit.meta)
+            region.parts[side].append(filled)
+            result.update_arg(side, filled)
+            self.old.erase_node(fit)
 
     def _check_leaks(self, items: Sequence[Any]) -> None:
         """Hoist sizes that are read outside the region they were first asked for in; refuse any other such value."""
@@ -177,7 +199,11 @@ class _Folder:
             if source in inside:
                 self._hoist(source, region, part, items, reader)
             return
-        is_size = isinstance(node.meta.get("val"), torch.SymInt | int)
+        size: Any = node.meta.get("val")
+        is_size = isinstance(size, torch.SymInt | int)
+        if is_size and self.sizes.can_make(size):
+            node.replace_all_uses_with(self.sizes.node(size), delete_user_cb=lambda user: user not in inside)
+            return
         if not is_size or any(source in inside for source in node.all_input_nodes):
             raise refusal(
                 "a value made on one side of a branch, or in a turn of a loop, is read after it by way of Python state",
@@ -222,7 +248,7 @@ class _Folder:
         if not region.results and not effects:
             return
         pairs = region.sides()
-        if self.sites[region.number].is_shortcut and not effects and all(_is_cheap(n) for n in region.nodes()):
+        if self.sites[region.number].is_shortcut and not effects and all(is_cheap(n) for n in region.nodes()):
             self._select(region, graph, env, owner)
             return
         free = _free(region.parts, [value for pair in pairs for value in pair])
@@ -355,22 +381,6 @@ def _same_tensor(node: Node) -> Node | None:
     same = value.shape == before.shape and value.stride() == before.stride()
     memory = value.untyped_storage()._cdata == before.untyped_storage()._cdata
     return source if same and memory and value.storage_offset() == before.storage_offset() else None
-
-
-_CHEAP = {
-    aten.lt, aten.le, aten.gt, aten.ge, aten.eq, aten.ne, aten.add, aten.sub, aten.mul, aten.neg, aten.abs, aten.to,
-    aten.logical_and, aten.logical_or, aten.logical_not, aten.detach, aten.reshape, aten.full, aten.where,
-    aten.isnan, aten.isinf, aten.isfinite,
-}  # fmt: skip
-
-
-def _is_cheap(node: Node) -> bool:
-    """Return whether a node computes one number from others, without ever failing."""
-    value = node.meta.get("val")
-    is_number = not isinstance(value, torch.Tensor) or value.ndim == 0
-    inputs = all(getattr(source.meta.get("val"), "ndim", 0) == 0 for source in node.all_input_nodes)
-    marker = node.target in markers.MARKERS
-    return is_number and inputs and (marker or getattr(node.target, "overloadpacket", None) in _CHEAP)
 
 
 def _is_handed_on(node: Node) -> bool:

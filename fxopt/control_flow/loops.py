@@ -15,7 +15,7 @@ from fxopt.control_flow.questions import is_traced, truth
 from fxopt.control_flow.scalars import TracedNumber, as_number
 from fxopt.control_flow.session import Where, refusal, session
 from fxopt.control_flow.state import State, trial
-from fxopt.control_flow.values import UNDEFINED, Differ, Undefined, map_leaves, pair_leaves
+from fxopt.control_flow.values import UNDEFINED, Differ, Undefined, common_type, map_leaves, pair_leaves
 
 __all__ = ["trace_loop", "while_"]
 
@@ -174,6 +174,7 @@ def _widened(began: Any, ended: Any, versions: dict[int, int], name: str, at: Wh
     def carry(a: Any, b: Any, where: str) -> Any:
         nonlocal settled
         settled = False
+        a, _ = common_type(a, b, where)
         if _was_written(a, versions):
             raise refusal(
                 f"a loop whose number of turns depends on a tensor writes into {name!r} and then binds it anew",
@@ -218,7 +219,7 @@ def _paired_with_carried(began: Any, ended: Any, carry: Callable[[Any, Any, str]
         if isinstance(a, _Carried):
             value = TracedNumber(a.tensor) if a.is_number else a.tensor
             kinds = (type(value), value.kind if isinstance(value, TracedNumber) else value.dtype)
-            merged = pair_leaves(value, b, lambda x, y, w: x, where)
+            merged = pair_leaves(value, b, lambda x, y, w: common_type(x, y, w)[0], where)
             now = (type(merged), merged.kind if isinstance(merged, TracedNumber) else merged.dtype)
             paired.append(a if kinds == now else carry(merged, b, where))
         else:

@@ -1,10 +1,12 @@
 """Operators that mark, in the flat graph of one trace, where branches and loops begin and end.
 
     begin_branch(p, 3)  ..one side..  s = leave(a, 3)  other_side(3)  ..the other..  t = leave(b, 3)  end_branch(3)
-    y = merge(s, t, 3)
+    y = merge(s, fit(t, [n], 3), 3)
 
     begin_loop(4)  v = loop_variable(a, 4)  ..test..  loop_test(p, 4)  ..body..  loop_next([n], 4)  end_loop(4)
     y = loop_result(v, 4)
+
+``fit`` gives a value of one side sizes that it has where that side runs, and the value of the other side always.
 
 One trace holds all sides, each once. ``fxopt.control_flow.fold`` makes ``cond`` and ``while_loop`` of them; no
 captured graph holds a marker.
@@ -25,6 +27,7 @@ __all__ = [
     "END_BRANCH",
     "END_LOOP",
     "END_TRIAL",
+    "FIT",
     "LEAVE",
     "LOOP_NEXT",
     "LOOP_RESULT",
@@ -47,6 +50,10 @@ def _fresh(value: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(value)
 
 
+def _resized(value: torch.Tensor, sizes: Sequence[int], *_: Any) -> torch.Tensor:
+    return value.new_empty(sizes)
+
+
 def _define(schema: str, kernel: Callable[..., Any], *, stays: bool) -> Any:
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -63,6 +70,7 @@ OTHER_SIDE = _define("other_side(int region) -> ()", _nothing, stays=True)
 END_BRANCH = _define("end_branch(int region) -> ()", _nothing, stays=True)
 ABORT_SIDE = _define("abort_side(int region) -> ()", _nothing, stays=True)
 LEAVE = _define("leave(Tensor value, int region) -> Tensor", _fresh, stays=False)
+FIT = _define("fit(Tensor value, SymInt[] sizes, int region) -> Tensor", _resized, stays=False)
 MERGE = _define("merge(Tensor a, Tensor b, int region) -> Tensor", _fresh, stays=False)
 BEGIN_LOOP = _define("begin_loop(int region) -> ()", _nothing, stays=True)
 LOOP_VARIABLE = _define("loop_variable(Tensor start, int region) -> Tensor", _fresh, stays=True)
@@ -74,6 +82,6 @@ BEGIN_TRIAL = _define("begin_trial(int region) -> ()", _nothing, stays=True)
 END_TRIAL = _define("end_trial(int region) -> ()", _nothing, stays=True)
 
 MARKERS: Sequence[Any] = (
-    BEGIN_BRANCH, OTHER_SIDE, END_BRANCH, ABORT_SIDE, LEAVE, MERGE, BEGIN_LOOP, LOOP_VARIABLE, LOOP_TEST, LOOP_NEXT,
-    END_LOOP, LOOP_RESULT, BEGIN_TRIAL, END_TRIAL,
+    BEGIN_BRANCH, OTHER_SIDE, END_BRANCH, ABORT_SIDE, LEAVE, FIT, MERGE, BEGIN_LOOP, LOOP_VARIABLE, LOOP_TEST,
+    LOOP_NEXT, END_LOOP, LOOP_RESULT, BEGIN_TRIAL, END_TRIAL,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["TracedNumber", "Undecided", "UndecidedRows", "as_number", "result_tensor"]
 
@@ -107,12 +108,14 @@ class TracedNumber:
 
     Attributes:
         tensor: The value: bool, int64 or float64 without dimensions.
+        condition: The condition on sizes that it is the truth of, if it is: a SymBool, or one of both sides' together.
     """
 
-    __slots__ = ("tensor",)
+    __slots__ = ("condition", "tensor")
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, condition: Any = None) -> None:
         self.tensor = tensor
+        self.condition = condition
 
     @property
     def kind(self) -> type:
@@ -163,7 +166,7 @@ class TracedNumber:
 
 
 def as_number(value: Any) -> TracedNumber:
-    """Return the number that a one-element tensor, a symbolic size or a Python number holds.
+    """Return the number that a one-element tensor, a symbolic size, a condition on one or a Python number holds.
 
     Raises:
         ValueError: a tensor has more than one element, as in eager.
@@ -179,10 +182,20 @@ def as_number(value: Any) -> TracedNumber:
         single = single.reshape(()) if single.ndim else single
         wide = _wide(value.dtype)
         return TracedNumber(single if single.dtype is wide else single.to(wide))
+    if isinstance(value, torch.SymBool):
+        return TracedNumber(_predicate(value), value)
     dtype = torch.bool if isinstance(value, bool) else torch.int64 if isinstance(value, int) else torch.float64
     if isinstance(value, torch.SymInt):
         dtype = torch.int64
     return TracedNumber(torch.full((), value, dtype=dtype))
+
+
+def _predicate(condition: torch.SymBool) -> torch.Tensor:
+    if statically_known_true(condition):
+        return torch.full((), True)
+    if statically_known_true(torch.sym_not(condition)):
+        return torch.full((), False)
+    return torch.full((), torch.sym_ite(condition, 1, 0), dtype=torch.int64).to(torch.bool)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

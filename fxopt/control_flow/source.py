@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["NoSource", "asking_frame", "definition", "functions_of", "is_library"]
+__all__ = ["NoSource", "asking_frame", "definition", "functions_of", "is_library", "is_torch"]
 
 _CORE = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -36,7 +36,12 @@ def asking_frame(start: types.FrameType | None = None) -> types.FrameType | None
 
 def is_library(code: types.CodeType) -> bool:
     """Return whether this code is torch's or fxopt's own."""
-    return code.co_filename.startswith((_CORE, _TORCH, "<frozen", "<eval_with_key"))
+    return is_torch(code) or code.co_filename.startswith((_CORE, "<frozen", "<eval_with_key"))
+
+
+def is_torch(code: types.CodeType) -> bool:
+    """Return whether this code is torch's own."""
+    return code.co_filename.startswith(_TORCH)
 
 
 def functions_of(code: types.CodeType) -> list[types.FunctionType]:

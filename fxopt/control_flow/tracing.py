@@ -20,7 +20,7 @@ from fxopt.control_flow.heap import Heap
 from fxopt.control_flow.identity import may_hand_back, twins
 from fxopt.control_flow.indexing import get_item, holds_number, set_item
 from fxopt.control_flow.jumps import Unsupported
-from fxopt.control_flow.questions import asking, is_known, is_traced
+from fxopt.control_flow.questions import asking, is_traced, known_truth
 from fxopt.control_flow.scalars import TracedNumber, Undecided, UndecidedRows, as_number
 from fxopt.control_flow.session import Raised, Session, refusal, running, session
 from fxopt.control_flow.source import NoSource, asking_frame, definition, functions_of, is_library
@@ -32,8 +32,15 @@ Result = TypeVar("Result")
 _MOST_REWRITTEN = 200
 
 
-def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tuple[Result, Session]:
+def trace_with_branches(
+    model: torch.nn.Module, run: Callable[[], Result], known: set[types.CodeType]
+) -> tuple[Result, Session]:
     """Return what ``run`` returns, which traces ``model``, and the branches and loops that the trace holds.
+
+    Args:
+        model: Whose functions may be rewritten.
+        run: Traces it; called again each time that a function asks for a value.
+        known: The functions that earlier traces found to; those that this one finds are added.
 
     Raises:
         CaptureError: a branch or loop on values that no graph can hold; the message names its line.
@@ -41,6 +48,7 @@ def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tu
     rewritten = _Rewritten()
     modules = list(model.modules())
     try:
+        rewritten.add_known(known)
         while True:
             current, state = Session(modules, rewritten.unrolled), Heap([], [], modules)
             try:
@@ -58,6 +66,7 @@ def trace_with_branches(model: torch.nn.Module, run: Callable[[], Result]) -> tu
             finally:
                 state.restore()
     finally:
+        known |= rewritten.codes
         rewritten.undo()
 
 
@@ -70,6 +79,12 @@ class _Rewritten:
         self.made: set[types.CodeType] = set()
         self.unrolled: set[types.CodeType] = set()
         self.globals: list[dict[str, Any]] = []
+
+    def add_known(self, codes: set[types.CodeType]) -> None:
+        """Rewrite the functions that have these codes, which could be rewritten before."""
+        for code in codes:
+            if functions := functions_of(code):
+                self._replace(code, functions, (code.co_filename, code.co_firstlineno, code.co_name))
 
     def add(self, asked: Undecided) -> None:
         """Rewrite the function in which Python asked for a value.
@@ -170,7 +185,7 @@ def _values_asked() -> Iterator[None]:
     index = torch.SymInt.__index__
 
     for cls, truth in kept.items():
-        cls.__bool__ = asking(truth, "the truth of a condition on a dynamic size", known=is_known)
+        cls.__bool__ = asking(truth, "the truth of a condition on a dynamic size", known=known_truth)
     setattr(torch.SymInt, "__index__", asking(index, "a dynamic size as a plain int"))  # noqa: B010  (mypy forbids the assignment that this is)
     try:
         with _ValuesAsked():

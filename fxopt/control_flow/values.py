@@ -16,6 +16,7 @@ __all__ = [
     "UNDEFINED",
     "Differ",
     "Undefined",
+    "common_type",
     "describe_value",
     "map_leaves",
     "pair_leaves",
@@ -59,6 +60,8 @@ def same_value(a: Any, b: Any) -> bool:
         return type(a) is type(b) and _same_items(a, b)
     if type(a) is not type(b):
         return False
+    if isinstance(a, torch.SymInt):
+        return statically_known_true(a == b)
     try:
         return bool(a == b)
     except Exception:  # an object that cannot be compared is not known to be the same
@@ -82,7 +85,7 @@ def pair_leaves(a: Any, b: Any, choose: Callable[[Any, Any, str], Any], where: s
     Args:
         a: Value of the one side; tensors, numbers and containers of these.
         b: Value of the other.
-        choose: Called with two tensors or numbers of one type; returns the tensor or number to go on with.
+        choose: Called with two leaves and their place; returns what to go on with, or raises Differ.
         where: What to call the value in a message.
 
     Raises:
@@ -94,7 +97,7 @@ def pair_leaves(a: Any, b: Any, choose: Callable[[Any, Any, str], Any], where: s
         return _half_defined(a, b, choose, where)
     if _is_container(a) and _is_container(b):
         return _paired_items(a, b, choose, where)
-    return choose(*common_type(a, b, where), where)
+    return choose(a, b, where)
 
 
 def _paired_items(a: Any, b: Any, choose: Callable[[Any, Any, str], Any], where: str) -> Any:
@@ -147,7 +150,7 @@ def common_type(a: Any, b: Any, where: str) -> tuple[Any, Any]:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         _check_tensors(a, b, where)
         return a, b
-    numbers = (TracedNumber, *Number.__args__, torch.SymInt, torch.SymFloat)
+    numbers = (TracedNumber, *Number.__args__, torch.SymInt, torch.SymFloat, torch.SymBool)
     if isinstance(a, numbers) and isinstance(b, numbers):
         x, y = as_number(a), as_number(b)
         kind = max(x.kind, y.kind, key=[bool, int, float].index)
