@@ -52,13 +52,13 @@ class _Known:
     """Answers to torch's questions about sizes, the same for all sizes."""
 
     def __init__(self) -> None:
-        self._answers: dict[tuple[int, Any], Any] = {}
+        self._answers: dict[tuple[Any, Any], Any] = {}
 
     def answer(self, environment: Any, question: Any) -> Any:
         """Return sympy's true or false; None where torch has to answer."""
         if not isinstance(question, sympy.logic.boolalg.Boolean) or question in (sympy.true, sympy.false):
             return None
-        key = (id(environment), question)
+        key = (environment, question)
         if key not in self._answers:
             self._answers[key] = _answered(environment, question)
         return self._answers[key]
@@ -71,15 +71,27 @@ def _answered(environment: Any, question: Any) -> Any:
 
     if free_unbacked_symbols(question) or environment._maybe_evaluate_static(question) is not None:
         return None
-    tried = tried_sizes(sorted(question.free_symbols, key=str), environment)
-    if tried is not None:
-        with contextlib.suppress(*NO_VALUE):
-            found = values_of(question, tried)
-            if np.all(found) or not np.any(found):
-                return sympy.true if np.all(found) else sympy.false
-    if isinstance(question, sympy.Eq | sympy.Ne) and any(side in (0, 1) for side in question.args):
-        return sympy.false if isinstance(question, sympy.Eq) else sympy.true
-    return None
+    with contextlib.suppress(*NO_VALUE):
+        tried = tried_sizes(sorted(question.free_symbols, key=str), environment)
+        found = values_of(question, tried) if tried is not None else [True, False]
+        if np.all(found) or not np.any(found):
+            return sympy.true if np.all(found) else sympy.false
+    return _as_above_one(question)
+
+
+# Not "at least 2", which a kernel of 2 needs, and which asks for no single row.
+_ABOVE_ONE = {
+    (sympy.Eq, 0): sympy.false, (sympy.Eq, 1): sympy.false, (sympy.Ne, 0): sympy.true, (sympy.Ne, 1): sympy.true,
+    (sympy.Gt, 1): sympy.true, (sympy.Le, 1): sympy.false,
+}  # fmt: skip
+
+
+def _as_above_one(question: Any) -> Any:
+    """Return the answer to whether a size is 0, 1, or above 1; None to another question."""
+    if not isinstance(question, sympy.core.relational.Relational):
+        return None
+    relation = question if question.rhs.is_Integer else question.reversed
+    return _ABOVE_ONE.get((relation.func, relation.rhs))
 
 
 class _CopiesInOrder(TorchFunctionMode):

@@ -108,6 +108,11 @@ class _Attempts:
             first = error
         with symbolic_sizes():
             try:
+                with any_sizes():
+                    return self._traced(any_size=True)
+            except CaptureError as error:
+                last = error
+            try:
                 return self._traced()
             except CaptureError as error:
                 left = error
@@ -115,11 +120,6 @@ class _Attempts:
             if self._shapes is not None and guards_always_hold(guards, self._shapes, self._arguments):
                 with contextlib.suppress(CaptureError):
                     return self._traced(checked=True)
-            try:
-                with any_sizes():
-                    return self._traced(any_size=True)
-            except CaptureError as error:
-                last = error
         raise next(told for told in (last, left, first) if _refusal_of_sizes(told))
 
     def _traced(self, *, checked: bool = False, any_size: bool = False) -> Exported:

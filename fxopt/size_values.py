@@ -28,6 +28,9 @@ def tried_sizes(symbols: Sequence[Any], environment: Any) -> dict[Any, Any] | No
 
     Returns:
         None for another number of symbols.
+
+    Raises:
+        Exception: one of NO_VALUE: a symbol is no size.
     """
     if len(symbols) == 1:
         return {symbols[0]: _range(symbols[0], environment, _LARGEST)}

@@ -48,7 +48,7 @@ def _truth_above_one(condition: Any) -> bool | None:
     environment: Any = condition.node.shape_env
     expression, ranges = condition.node.expr, environment.var_to_range
     symbols = expression.free_symbols
-    if free_unbacked_symbols(expression) or any(ranges[symbol].upper < 2 for symbol in symbols):
+    if free_unbacked_symbols(expression) or not all(s in ranges and ranges[s].upper >= 2 for s in symbols):
         return None
     found = bound_sympy(expression, {symbol: ranges[symbol] & ValueRanges(2, int_oo) for symbol in symbols})
     return bool(found.lower) if found.is_singleton() else None

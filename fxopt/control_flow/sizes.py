@@ -99,14 +99,12 @@ def _joined(a: Any, b: Any, condition: SizeCondition | None) -> Any:
     symbols = sorted(p.free_symbols | q.free_symbols | asked.free_symbols, key=str)
     if environment is None or any(free_unbacked_symbols(item) for item in (p, q, asked)):
         return None
-    tried = tried_sizes(symbols, environment)
-    if tried is None:
-        return None
     try:
-        wanted = _wanted(p, q, asked, tried)
+        tried = tried_sizes(symbols, environment)
+        wanted = _wanted(p, q, asked, tried) if tried is not None else None
     except NO_VALUE:  # a side divides by zero for sizes for which it runs, or computes what is no size
         return None
-    if wanted is None:
+    if wanted is None or tried is None:
         return None
     for candidate in _candidates(p, q, asked):
         try:
