@@ -14,7 +14,11 @@ from typing import Any
 import numpy as np
 import sympy
 import torch
+from torch.fx.experimental import _config
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from torch.overrides import TorchFunctionMode
+
+from fxopt.size_values import NO_VALUE, tried_sizes, values_of
 
 __all__ = ["any_sizes"]
 
@@ -26,8 +30,7 @@ def any_sizes() -> Iterator[None]:
     What a model's code asks of sizes has to be kept from torch: it would be answered in the same way.
     """
     caches: Any = importlib.import_module("torch._dynamo.config")  # takes seconds to load: not on import
-    sizes: Any = importlib.import_module("torch.fx.experimental._config")
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    sizes: Any = _config
 
     evaluate, known = ShapeEnv.evaluate_expr, _Known()
 
@@ -65,10 +68,6 @@ class _Known:
 
 
 def _answered(environment: Any, question: Any) -> Any:
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    from fxopt.size_values import NO_VALUE, tried_sizes, values_of
-
     if free_unbacked_symbols(question) or environment._maybe_evaluate_static(question) is not None:
         return None
     with contextlib.suppress(*NO_VALUE):

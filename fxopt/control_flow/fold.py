@@ -161,7 +161,7 @@ class _Folder:
         for new in known.values():
             for result in new.results:
                 self._fit(result, new)
-        return [*self.sizes.made, *open_[0][1]]
+        return open_[0][1]
 
     def _fit(self, result: Node, region: _Region) -> None:
         """Fill up, on its side, what is to have other sizes than it has: by none, wherever that side runs."""

@@ -17,15 +17,11 @@ _SIZE = torch.ops.aten.sym_size.int
 
 
 class SizeNodes:
-    """Makes nodes, behind the inputs of a graph, for torch's expressions of their sizes.
-
-    Attributes:
-        made: The nodes, in order.
-    """
+    """Makes nodes, behind the inputs of a graph, for torch's expressions of their sizes."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
-        self.graph = graph
-        self.made: list[Node] = []
+        self._graph = graph
+        self._first = next(node for node in graph.nodes if node.op != "placeholder")
         self._known: dict[Any, Node | int] = {}
         self._axes: dict[Any, tuple[Node, int]] = {}
         for node in graph.find_nodes(op="placeholder"):
@@ -53,29 +49,26 @@ class SizeNodes:
         if expression.is_Integer:
             return int(expression)
         if expression not in self._known:
-            first = next(node for node in self.graph.nodes if node.op != "placeholder")
-            while first in self.made:
-                first = first.next
-            with self.graph.inserting_before(first):
-                before = first.prev
+            before = self._first.prev
+            with self._graph.inserting_before(self._first):
                 symbols = {symbol: torch.fx.Proxy(self._size(symbol)) for symbol in expression.free_symbols}
                 computed = sympy_interp(PythonReferenceAnalysis, symbols, expression).node
             node = before.next
-            while node is not first:
-                self._note(node)
+            while node is not self._first:
+                node.meta["val"] = _value(node)
                 node = node.next
             self._known[expression] = computed
         return self._known[expression]
 
     def _size(self, symbol: Any) -> Node:
         if symbol not in self._known:
-            self._known[symbol] = self.graph.call_function(_SIZE, self._axes[symbol])
+            self._known[symbol] = self._graph.call_function(_SIZE, self._axes[symbol])
         found = self._known[symbol]
         assert isinstance(found, Node)
         return found
 
-    def _note(self, node: Node) -> None:
-        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
-        target: Any = node.target
-        node.meta["val"] = target(*args, **kwargs)
-        self.made.append(node)
+
+def _value(node: Node) -> Any:
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+    target: Any = node.target
+    return target(*args, **kwargs)
