@@ -13,13 +13,14 @@ from fxopt.args import shape_text
 from fxopt.attributes import attach
 from fxopt.control_flow import fold_regions
 from fxopt.dimensions import Dimension, Sample, bind_arguments, dimensions_from_samples
-from fxopt.eager import compare, compare_other_sizes, compare_other_ways, run_eagerly
+from fxopt.eager import compare, compare_other_ways, run_eagerly
 from fxopt.errors import CaptureError, describe
 from fxopt.function_module import as_module
 from fxopt.graph_module import CapturedModule
 from fxopt.interface import input_spec, output_names, unused_name
 from fxopt.mode_alignment import renumber_regions
 from fxopt.modes import Unmergeable, merge_modes
+from fxopt.other_sizes import OtherSizesError, compare_other_sizes
 from fxopt.regions import holds_control_flow
 from fxopt.trace import Trace, trace, unlift
 
@@ -46,7 +47,8 @@ def capture(
             given, the axes along which several samples differ in size are dynamic.
         modes: ``"both"`` traces a model that asks for its training flag once in each mode, so that ``train()`` and
             ``eval()`` work on the graph. ``"current"`` traces it as it is.
-        verify: Compare the graph with the model, bit for bit, on all samples.
+        verify: Compare the graph with the model, bit for bit, on all samples, and up to rounding for sizes 0 and 1 of
+            the dynamic axes.
 
     Raises:
         CaptureError: the model cannot become one graph, or the inputs do not fit it. The message names the user's line.
@@ -67,15 +69,28 @@ def capture(
     if dynamic_shapes is None and len(samples) > 1:
         dynamic_shapes = dimensions_from_samples([bind_arguments(module.forward, sample) for sample in samples])
     wanted = [run_eagerly(module, sample) for sample in samples]
-    gm, any_sizes = _traced(module, samples, dynamic_shapes, modes)
-    if verify:
-        for sample, want in zip(samples, wanted, strict=True):
-            compare(gm, module, sample, want)
-        if holds_control_flow(gm):
-            compare_other_ways(gm, module, samples)
-        if any_sizes:
-            compare_other_sizes(gm, module)
-    return gm
+
+    def traced(*, size_one_branches: bool = False) -> CapturedModule:
+        gm, any_sizes = _traced(module, samples, dynamic_shapes, modes, size_one_branches=size_one_branches)
+        if verify:
+            for sample, want in zip(samples, wanted, strict=True):
+                compare(gm, module, sample, want)
+            if holds_control_flow(gm):
+                compare_other_ways(gm, module, samples)
+            compare_other_sizes(gm, module, any_sizes=any_sizes)
+        return gm
+
+    try:
+        return traced()
+    except OtherSizesError as error:
+        if 1 not in error.sizes.values():
+            raise  # no symbol of torch's is 0
+        try:
+            return traced(size_one_branches=True)
+        except OtherSizesError:
+            raise error from None  # no branch in the model's code is what differs, or it changes the rank
+        except CaptureError as again:
+            raise error.because(f"as a branch: {again}") from again
 
 
 def _recaptured(gm: CapturedModule, example_inputs: Any, dynamic_shapes: Any) -> CapturedModule:
@@ -145,10 +160,15 @@ def _check_parameters(model: torch.nn.Module) -> None:
 
 
 def _traced(
-    model: torch.nn.Module, samples: tuple[Sample, ...], dynamic_shapes: Any, modes: str
+    model: torch.nn.Module,
+    samples: tuple[Sample, ...],
+    dynamic_shapes: Any,
+    modes: str,
+    *,
+    size_one_branches: bool,
 ) -> tuple[CapturedModule, bool]:
     """Return the graph, and whether operators were traced as for sizes above 1."""
-    found = trace(model, samples[0], dynamic_shapes)
+    found = trace(model, samples[0], dynamic_shapes, size_one_branches=size_one_branches)
     tensors = _tensors_of(model)
     reason, valid = "", "both"
     if found.training:
@@ -159,7 +179,7 @@ def _traced(
         else:
             try:
                 with switched(model, not model.training):
-                    other = trace(model, samples[0], dynamic_shapes)
+                    other = trace(model, samples[0], dynamic_shapes, size_one_branches=size_one_branches)
                 _merge(found, other, tensors, first_trains=model.training)
                 valid, found.any_sizes = "both", found.any_sizes or other.any_sizes
             except (CaptureError, Unmergeable) as error:

@@ -16,7 +16,7 @@ from fxopt.isolation import isolated
 from fxopt.numerics import measure
 from fxopt.trace_errors import user_location
 
-__all__ = ["compare", "compare_other_sizes", "compare_other_ways", "run_eagerly"]
+__all__ = ["compare", "compare_other_ways", "difference", "run_eagerly"]
 
 
 def run_eagerly(model: torch.nn.Module, sample: Sample) -> list[Any]:
@@ -59,6 +59,22 @@ def compare(gm: CapturedModule, model: torch.nn.Module, sample: Sample, want: Se
     Raises:
         CaptureError: they differ by more than rounding.
     """
+    if found := difference(gm, sample, want):
+        index, problem, source = found
+        again = run_eagerly(model, sample)[index]
+        steady = isinstance(again, torch.Tensor) and _same_up_to_rounding(want[index], again)
+        raise CaptureError(
+            describe(
+                f"the captured graph computes something else than the model: {problem}",
+                source=source,
+                because=None if steady else "the model itself gives another result each time it is run",
+                try_="state that forward() keeps in Python (counters, caches) must become buffers or arguments",
+            )
+        )
+
+
+def difference(gm: CapturedModule, sample: Sample, want: Sequence[Any]) -> tuple[int, str, str | None] | None:
+    """Return the first output that differs from what is wanted by more than rounding: its number, how, and its line."""
     with isolated(gm):
         copy = sample.clone()
         got = gm.flat_outputs(*copy.args, **copy.kwargs)
@@ -73,16 +89,9 @@ def compare(gm: CapturedModule, model: torch.nn.Module, sample: Sample, want: Se
             problem = f"got {g.flatten()[worst].item()}, wanted {w.flatten()[worst].item()}"
         if problem:
             node = gm.graph.output_node().args[0][index]  # type: ignore[index]  # outputs are one tuple
-            again = run_eagerly(model, sample)[index]
-            steady = isinstance(w, torch.Tensor) and _same_up_to_rounding(w, again)
-            raise CaptureError(
-                describe(
-                    f"the captured graph computes something else than the model: output {index}: {problem}",
-                    source=source_line(node) if isinstance(node, torch.fx.Node) else None,
-                    because=None if steady else "the model itself gives another result each time it is run",
-                    try_="state that forward() keeps in Python (counters, caches) must become buffers or arguments",
-                )
-            )
+            source = source_line(node) if isinstance(node, torch.fx.Node) else None
+            return index, f"output {index}: {problem}", source
+    return None
 
 
 def _same_up_to_rounding(want: torch.Tensor, got: torch.Tensor) -> bool:
@@ -104,35 +113,3 @@ def compare_other_ways(gm: CapturedModule, module: torch.nn.Module, samples: tup
             except CaptureError:
                 continue  # such inputs are none that the model takes
             compare(gm, module, other, want)
-
-
-def compare_other_sizes(gm: CapturedModule, module: torch.nn.Module) -> None:
-    """Compare graph and model for other sizes of each dynamic axis, one after the other: single rows, fewer and more.
-
-    Raises:
-        CaptureError: they differ, or the graph does not run where the model does.
-    """
-    sample = gm.samples[0]
-    now = gm.sizes_of(gm.flatten_inputs(*sample.args, **sample.kwargs))
-    for name, dimension in gm.dims.items():
-        for size in sorted({1, 2, now[name] + 1, 2 * now[name] - 1} - {now[name]} if name in now else ()):
-            if dimension.allows(size):
-                _compare_resized(gm, module, name, size)
-
-
-def _compare_resized(gm: CapturedModule, module: torch.nn.Module, name: str, size: int) -> None:
-    other = gm.resized({name: size})
-    try:
-        want = run_eagerly(module, other)
-    except CaptureError:
-        return  # the model does not take this size
-    try:
-        compare(gm, module, other, want)
-    except Exception as error:
-        raise CaptureError(
-            describe(
-                f"the captured graph does something else than the model where {name} is {size}",
-                got=str(error).splitlines()[0][:300],
-                try_=f"in dynamic_shapes, a range of {name!r} without {size}, or leave that axis out",
-            )
-        ) from error

@@ -47,8 +47,17 @@ class Exported:
     any_sizes: bool
 
 
-def exported(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Exported:
+def exported(
+    model: torch.nn.Module, sample: Sample, dynamic_shapes: Any, *, size_one_branches: bool = False
+) -> Exported:
     """Return the program of ``model`` in the mode that it is in.
+
+    Args:
+        model: To be traced.
+        sample: Example inputs.
+        dynamic_shapes: As :func:`fxopt.capture` takes them.
+        size_one_branches: Whether what the model does apart for size 1 is a branch in the program; torch leaves
+            it out.
 
     Raises:
         CaptureError: there is none.
@@ -56,6 +65,8 @@ def exported(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Exp
     arguments = bind_arguments(model.forward, sample)
     shapes = named_dynamic_shapes(dynamic_shapes, arguments)
     rewritten: set[types.CodeType] = set()
+    if size_one_branches:
+        return _Attempts(model, sample, shapes, rewritten).with_size_one_branches()
     try:
         return _Attempts(model, sample, shapes, rewritten).first()
     except CaptureError as error:
@@ -122,7 +133,16 @@ class _Attempts:
                     return self._traced(checked=True)
         raise next(told for told in (last, left, first) if _refusal_of_sizes(told))
 
-    def _traced(self, *, checked: bool = False, any_size: bool = False) -> Exported:
+    def with_size_one_branches(self) -> Exported:
+        """Trace for any sizes, where what the model asks whether a size is 1 is a branch.
+
+        Raises:
+            CaptureError: the model cannot be traced so.
+        """
+        with symbolic_sizes(), any_sizes():
+            return self._traced(any_size=True, size_one_branches=True)
+
+    def _traced(self, *, checked: bool = False, any_size: bool = False, size_one_branches: bool = False) -> Exported:
         """Trace once.
 
         With ``checked``, the guards that torch names hold for all sizes, and it need not prove them. What it solved, it
@@ -144,7 +164,7 @@ class _Attempts:
                     prefer_deferred_runtime_asserts_over_guards=checked,
                 )
 
-        found, sites = self._program(program, plainly=not any_size)
+        found, sites = self._program(program, plainly=not any_size, size_one_branches=size_one_branches)
         if checked and not checks_always_hold(found):
             raise CaptureError("a guard on sizes, which torch could not prove, does not hold for some size")
         if checked:
@@ -152,7 +172,7 @@ class _Attempts:
         return Exported(found, sites, _asked_names(shapes, found, self._arguments), bool(reads), any_size)
 
     def _program(
-        self, program: Callable[[], torch.export.ExportedProgram], *, plainly: bool
+        self, program: Callable[[], torch.export.ExportedProgram], *, plainly: bool, size_one_branches: bool
     ) -> tuple[torch.export.ExportedProgram, dict[int, Site]]:
         """Return the program, and its branches and loops on values, if torch cannot trace the model without them."""
         undecided = False
@@ -169,7 +189,9 @@ class _Attempts:
                 raise explained(error) from error
         try:
             with operators_traced():
-                found, session = trace_with_branches(self._model, program, self._rewritten)
+                found, session = trace_with_branches(
+                    self._model, program, self._rewritten, size_one_branches=size_one_branches
+                )
             return found, session.sites
         except FxoptError:
             # torch traces its own operators where the sides yield other sizes, for one.

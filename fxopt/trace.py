@@ -23,6 +23,7 @@ from fxopt.recurrent import RECURRENT_OPERATORS
 __all__ = ["Trace", "trace", "unlift"]
 
 aten = torch.ops.aten
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
 @dataclasses.dataclass
@@ -50,14 +51,14 @@ class Trace:
     any_sizes: bool = False
 
 
-def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any) -> Trace:
-    """Trace ``model`` in the mode that it is in.
+def trace(model: torch.nn.Module, sample: Sample, dynamic_shapes: Any, *, size_one_branches: bool = False) -> Trace:
+    """Trace ``model`` in the mode that it is in; the arguments are those of ``exported``.
 
     Raises:
         CaptureError: the model cannot become one graph; the message names the user's line and the reason, and the
             dynamic sizes that do work if those asked for do not.
     """
-    found = exported(model, sample, dynamic_shapes)
+    found = exported(model, sample, dynamic_shapes, size_one_branches=size_one_branches)
     traced = unlift(found.program, found.names)
     traced.training, traced.sites, traced.any_sizes = found.training, found.sites, found.any_sizes
     return traced
@@ -81,7 +82,9 @@ def unlift(program: torch.export.ExportedProgram, names: dict[str, str] | None =
     for module in root.modules():
         if isinstance(module, torch.fx.GraphModule) and module is not root:
             module.graph = functionalize(module.graph, {})
+            _squeeze_ones(module.graph)
     graph = functionalize(graph, kinds)
+    _squeeze_ones(graph)
     _restore_operators(graph)
     _read_constants_directly(graph)
     _drop_unread(graph)
@@ -184,6 +187,26 @@ def _read_constants_directly(graph: torch.fx.Graph) -> None:
                 if user.target is aten.detach.default:
                     user.replace_all_uses_with(source)
                     graph.erase_node(user)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _squeeze_ones(graph: torch.fx.Graph) -> None:
+    """Squeeze the axes of size 1 alone: a dynamic one stays where it is 1 too, so that ranks do not change."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _SQUEEZES:
+            continue
+        source = node.args[0]
+        shape = source.meta["val"].shape
+        asked = node.args[1] if len(node.args) > 1 else range(len(shape))
+        asked = [asked] if isinstance(asked, int) else asked
+        axes = [axis % len(shape) for axis in asked if shape]
+        if all(isinstance(shape[axis], int) for axis in axes):
+            continue
+        ones = [axis for axis in axes if isinstance(shape[axis], int) and shape[axis] == 1]
+        if ones:
+            node.target, node.args = aten.squeeze.dims, (source, ones)
+        else:
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 

@@ -13,7 +13,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from fxopt.control_flow.scalars import TracedNumber, Undecided, as_number
-from fxopt.control_flow.session import Where, refusal
+from fxopt.control_flow.session import Where, is_running, refusal, session
 from fxopt.control_flow.source import is_library, is_torch
 
 __all__ = ["asking", "is_traced", "known_truth", "truth"]
@@ -35,13 +35,15 @@ def known_truth(value: Any) -> bool | None:
         return True
     if statically_known_true(torch.sym_not(condition)):
         return False
+    if is_running() and session().size_one_branches:
+        return None
     return _truth_above_one(condition)
 
 
 def _truth_above_one(condition: Any) -> bool | None:
     """Return the truth of a condition for sizes of inputs above 1, as torch answers where it fixes 0 and 1.
 
-    What a model does apart for one row, it does for speed; behind the general way the graph is right for one row too.
+    What a model does apart for one row, it mostly does for speed, and the general way is right for one row too.
     """
     if not isinstance(condition, torch.SymBool) or not hasattr(condition.node, "expr"):
         return None

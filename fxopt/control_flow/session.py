@@ -65,14 +65,22 @@ class Session:
     Attributes:
         modules: The model and all modules in it.
         unrolled: Code that goes through the rows of tensors where no loop can stand, so that torch fixes their number.
+        size_one_branches: Whether what the model does apart for size 1 is a branch, where else it is left out.
         sites: Each branch and loop by the number of its region.
         depth: How many traced branches and loops the code that runs now is inside of.
         in_trial: Whether what is traced now is thrown away.
     """
 
-    def __init__(self, modules: Sequence[torch.nn.Module], unrolled: Set[types.CodeType] = frozenset()) -> None:
+    def __init__(
+        self,
+        modules: Sequence[torch.nn.Module],
+        unrolled: Set[types.CodeType] = frozenset(),
+        *,
+        size_one_branches: bool = False,
+    ) -> None:
         self.modules = modules
         self.unrolled = unrolled
+        self.size_one_branches = size_one_branches
         self.sites: dict[int, Site] = {}
         self.depth = 0
         self.in_trial = False

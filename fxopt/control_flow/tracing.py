@@ -33,7 +33,11 @@ _MOST_REWRITTEN = 200
 
 
 def trace_with_branches(
-    model: torch.nn.Module, run: Callable[[], Result], known: set[types.CodeType]
+    model: torch.nn.Module,
+    run: Callable[[], Result],
+    known: set[types.CodeType],
+    *,
+    size_one_branches: bool = False,
 ) -> tuple[Result, Session]:
     """Return what ``run`` returns, which traces ``model``, and the branches and loops that the trace holds.
 
@@ -41,6 +45,7 @@ def trace_with_branches(
         model: Whose functions may be rewritten.
         run: Traces it; called again each time that a function asks for a value.
         known: The functions that earlier traces found to; those that this one finds are added.
+        size_one_branches: Whether what the model does apart for size 1 becomes a branch.
 
     Raises:
         CaptureError: a branch or loop on values that no graph can hold; the message names its line.
@@ -50,7 +55,8 @@ def trace_with_branches(
     try:
         rewritten.add_known(known)
         while True:
-            current, state = Session(modules, rewritten.unrolled), Heap([], [], modules)
+            current = Session(modules, rewritten.unrolled, size_one_branches=size_one_branches)
+            state = Heap([], [], modules)
             try:
                 with running(current), _values_asked(), _plain_results(model):
                     return run(), current
